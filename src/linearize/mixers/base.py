@@ -1,0 +1,98 @@
+"""What a mixer is: the thing that stands where softmax(QK^T)V stood, and what it may know of its surroundings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from linearize.layout import Layout
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of the attention layer that a mixer stands in.
+
+    Attributes:
+        num_heads: Query heads.
+        head_dim: Channels of one head.
+        hidden_size: Channels of the hidden states that feed the layer.
+        num_key_value_heads: Key and value heads; None means as many as query heads.
+    """
+
+    num_heads: int
+    head_dim: int
+    hidden_size: int
+    num_key_value_heads: int | None = None
+
+
+@dataclass
+class MixerContext:
+    """All that a mixer may know beside query, key and value. The backbone fills it for every call.
+
+    Attributes:
+        layout: Text tokens, image grids and the order in which image tokens stand.
+        scale: Softmax scale, usually head_dim ** -0.5.
+        rotate: The family's own rotary embedding, bit for bit: [batch, heads, tokens, head_dim] to the same shape.
+        angles: The family's rotary angles for features of any even width: (positions [tokens, axes], dim) to [tokens, dim // 2].
+        positions: Position ids of all tokens, [tokens, axes], in the order of the tokens.
+        softmax: The family's own attention call, its backend included, on rotated query and key and on value.
+        key_mask: [batch, tokens], True where a key is valid; None when all are.
+        hidden_states: The layer's input, [batch, tokens, hidden_size], text and image in the order of the tokens.
+        timestep_embedding: [batch, embedding_dim], only for mixers that set `uses_timestep_embedding`.
+    """
+
+    layout: Layout
+    scale: float
+    rotate: Callable[[Tensor], Tensor]
+    angles: Callable[[Tensor, int], Tensor]
+    positions: Tensor
+    softmax: Callable[[Tensor, Tensor, Tensor], Tensor]
+    key_mask: Tensor | None = None
+    hidden_states: Tensor | None = None
+    timestep_embedding: Tensor | None = None
+
+
+class Mixer(nn.Module):
+    """Base of all mixers. A subclass sets its defaults in `__init__(self, shape, *, ...)`; parameters never depend on the grid.
+
+    Attributes:
+        token_order: The order of image tokens that it wants: "any", "raster" or "tile".
+        trained_projections: The teacher's projections that are trained with it, where the layer has them.
+        uses_timestep_embedding: Whether the context must carry the timestep embedding.
+    """
+
+    token_order: str = "any"
+    trained_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out")
+    uses_timestep_embedding: ClassVar[bool] = False
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
+        """Mixes tokens.
+
+        Args:
+            query: [batch, heads, tokens, head_dim], normed and not rotated.
+            key: Same, with key-value heads.
+            value: Same as key, never rotated.
+            context: Layout, rotation, masks and the family's own softmax.
+
+        Returns:
+            [batch, heads, tokens, head_dim].
+        """
+        raise NotImplementedError
+
+    def reference(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
+        """The defining formula on dense [tokens x tokens] weights: slow, readable, and what `forward` is tested against."""
+        raise NotImplementedError
+
+    def flops(self, layout: Layout, batch: int = 1) -> int:
+        """Floating point operations of one forward call, two per multiply-add, without the projections."""
+        raise NotImplementedError
+
+    def initialize_from_teacher(self, attention: nn.Module) -> None:
+        """Sets parameters from the teacher's attention layer, so that training starts near it. Nothing to do by default."""
