@@ -1,0 +1,1 @@
+"""The embedded world: scenes, their captions and pictures, the judge that reads them, the teacher that draws them."""
