@@ -1,0 +1,77 @@
+"""Trains the autoencoder of the scenes teacher on renders."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional
+
+from linearize.scenes.render import render, sample_placement
+from linearize.scenes.stage import Stage
+from linearize.scenes.world import sample_scenes
+
+
+class AutoencoderStage(Stage):
+    """Reconstruction (values and edges) with a small KL term, at several resolutions.
+
+    Args:
+        autoencoder: The model, trained in place.
+        batch_size: Pictures of 256 x 256 per rank and step; other resolutions keep the number of pixels.
+        resolutions: Sides in pixels, one drawn per step.
+        kl_weight: Weight of the KL divergence, per latent value.
+        schedule: Arguments of ``Stage``.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        *,
+        batch_size: int,
+        resolutions: tuple[int, ...] = (256, 256, 256, 128, 512),
+        kl_weight: float = 1e-4,
+        **schedule: Any,
+    ) -> None:
+        super().__init__(**schedule)
+        self.autoencoder = autoencoder.train().to(memory_format=torch.channels_last)
+        self.batch_size = batch_size
+        self.resolutions = tuple(resolutions)
+        self.kl_weight = kl_weight
+
+    def training_step(self, seed: int, batch_idx: int) -> Tensor:
+        """Loss on one batch of fresh renders."""
+        side = self.resolutions[seed % len(self.resolutions)]
+        images = fresh_renders(max(1, self.batch_size * 256 * 256 // side**2), side, self.generator(seed))
+        images = images.to(memory_format=torch.channels_last)
+        posterior = self.autoencoder.encode(images).latent_dist
+        decoded = self.autoencoder.decode(posterior.sample()).sample.float()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = functional.l1_loss(decoded, images) + _edge_loss(decoded, images) + self.kl_weight * kl
+        self.log_dict({"loss": loss, "mse": functional.mse_loss(decoded, images)}, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW without weight decay."""
+        return torch.optim.AdamW(self.autoencoder.parameters(), lr=self.learning_rate, weight_decay=0.0)
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Writes the latents' mean and deviation into the configuration, as FLUX pipelines read them."""
+        images = fresh_renders(64 if self.device.type == "cuda" else 8, 256, self.generator(1))
+        latents = self.autoencoder.encode(images.to(self.autoencoder.dtype)).latent_dist.mode().float()
+        shift, scale = latents.mean().item(), 1 / latents.std().item()
+        self.autoencoder.register_to_config(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
+        self.autoencoder.to(memory_format=torch.contiguous_format).eval()
+
+
+def fresh_renders(num: int, side: int, generator: torch.Generator) -> Tensor:
+    """[num, 3, side, side] renders of training scenes in [-1, 1]."""
+    scenes = sample_scenes(num, generator)
+    images, _ = render(scenes, sample_placement(scenes, generator), side, side)
+    return images * 2 - 1
+
+
+def _edge_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """L1 on horizontal and vertical differences: textures and edges are what an average forgets first."""
+    error = decoded - images
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
