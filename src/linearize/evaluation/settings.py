@@ -1,0 +1,59 @@
+"""What an evaluation measures: one set of settings for teacher, untrained student and student alike."""
+
+import dataclasses
+
+from linearize.errors import LinearizeError
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """The settings of a paired evaluation; every model sees the same prompts, seeds and sampler.
+
+    Attributes:
+        num_prompts: Prompts, and pictures of each model.
+        num_rows: Rows of `samples.png`, at most `num_prompts`.
+        seed: Prompt `i` is sampled with seed `seed + i`; the held-out prompts are drawn with it too.
+        height: Height of the pictures in pixels.
+        width: Width of the pictures in pixels.
+        num_inference_steps: Steps of the sampler.
+        guidance_scale: Guidance given to the pipeline.
+        max_sequence_length: Text tokens of a prompt.
+        batch_size: Pictures in one forward.
+        sigmas: Noise levels in (0, 1) at which the velocity error is measured, each with the same weight.
+    """
+
+    num_prompts: int = 8
+    num_rows: int = 4
+    seed: int = 0
+    height: int = 256
+    width: int = 256
+    num_inference_steps: int = 10
+    guidance_scale: float = 3.5
+    max_sequence_length: int = 32
+    batch_size: int = 4
+    sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
+        for name in (
+            "num_prompts",
+            "num_rows",
+            "height",
+            "width",
+            "num_inference_steps",
+            "max_sequence_length",
+            "batch_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise LinearizeError(
+                    f"{name}={value} is no positive integer: give one, for example {name}={_default(name)}."
+                )
+        if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
+            raise LinearizeError(
+                f"sigmas={list(self.sigmas)} must be noise levels between 0 and 1, for example [0.1, 0.5, 0.9]."
+            )
+
+
+def _default(name: str) -> int:
+    return next(field.default for field in dataclasses.fields(EvaluationSettings) if field.name == name)  # type: ignore[return-value]
