@@ -1,0 +1,262 @@
+"""Teachers: a pipeline folder, a hub id, or a full-size architecture with random weights, all loaded the same way."""
+
+import contextlib
+import hashlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from linearize.backbones import Backbone, all_backbones
+from linearize.errors import LinearizeError
+from linearize.files import read_json, state_hash, weight_hash
+
+COMPONENT_LIBRARIES = ("diffusers", "transformers")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Teacher:
+    """A frozen pipeline and where it came from.
+
+    Attributes:
+        pipeline: The diffusers pipeline, in evaluation mode, nothing requires a gradient.
+        backbone: The family of its transformer.
+        name: Folder name, hub id, or the given name of a random architecture.
+        revision: The commit on the hub; None for folders and random weights.
+        weight_hash: `files.weight_hash` of the transformer as it is stored, so it does not depend on the dtype in memory.
+    """
+
+    pipeline: DiffusionPipeline
+    backbone: Backbone
+    name: str
+    revision: str | None
+    weight_hash: str
+
+    @property
+    def has_text_encoder(self) -> bool:
+        """False for random architectures, whose prompt embeddings are drawn instead of encoded."""
+        return self.pipeline.text_encoder is not None
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> dict[str, Tensor]:
+        """Conditioning of prompts: {"prompt_embeds": [batch, tokens, dim], "pooled_prompt_embeds": [batch, dim]}.
+
+        A teacher without text encoders gets standard normal embeddings of the right shape, drawn from a seed that is the prompt's hash.
+        """
+        if self.has_text_encoder:
+            return self.backbone.encode(self.pipeline, list(prompts), max_sequence_length)
+        transformer = self.pipeline.transformer
+        shapes = {
+            "prompt_embeds": (max_sequence_length, transformer.config.joint_attention_dim),
+            "pooled_prompt_embeds": (transformer.config.pooled_projection_dim,),
+        }
+        drawn = [_random_embeddings(prompt, shapes) for prompt in prompts]
+        return {
+            name: torch.stack([one[name] for one in drawn]).to(transformer.device, transformer.dtype) for name in shapes
+        }
+
+
+def _random_embeddings(prompt: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def load_teacher(
+    path: str | Path | None = None,
+    *,
+    hub_id: str | None = None,
+    revision: str | None = None,
+    random: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+) -> Teacher:
+    """Loads a teacher and freezes it.
+
+    Args:
+        path: Folder of a pipeline; it wins over `hub_id` and `random`.
+        hub_id: Model id on the hub.
+        revision: Branch, tag or commit on the hub; None is its main branch. The commit it resolves to is recorded.
+        random: Architecture to fill with random weights: {"name", "backbone", "seed", "transformer", "vae", "scheduler"}.
+        dtype: A torch dtype, its name, or "auto": bfloat16 on a GPU, float32 on a CPU.
+        device: A torch device, its name, or "auto": this process's GPU if there is one, else the CPU.
+
+    Returns:
+        The teacher on `device`.
+
+    Raises:
+        LinearizeError: no source is given, the folder is missing, damaged or of another architecture, the hub is unreachable or the model
+            gated, or the dtype or device does not exist.
+    """
+    place = resolve_device(device)
+    precision = resolve_dtype(dtype, place)
+    if path is not None:
+        folder = Path(path).expanduser()
+        return _load_folder(folder, name=folder.resolve().name, revision=None, dtype=precision, device=place)
+    if hub_id is not None:
+        folder, commit = _download(hub_id, revision)
+        return _load_folder(folder, name=hub_id, revision=commit, dtype=precision, device=place)
+    if random is not None:
+        return _build_random(random, precision, place)
+    raise LinearizeError(
+        "No teacher is given: set teacher.path=<folder of a pipeline>, or choose teacher=scenes, flux_dev, flux_schnell or flux_dev_random."
+    )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is the GPU of this process (LOCAL_RANK) if there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise LinearizeError(f"device={device} does not exist: use auto, cpu, cuda or cuda:<number>.") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise LinearizeError(f"device={device} needs a CUDA GPU and none is visible: use device=cpu or device=auto.")
+    return place
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slow."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    choices = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, **DTYPES}
+    if dtype not in choices:
+        raise LinearizeError(f"teacher.dtype={dtype} is unknown: use one of {', '.join(choices)}.")
+    return choices[dtype]
+
+
+def _freeze(pipeline: DiffusionPipeline) -> None:
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+
+
+def _backbone_of(index: Mapping[str, Any], source: str) -> Backbone:
+    """The backbone of a pipeline's model_index.json, which must name known classes: nothing else is ever imported from it."""
+    backbones = {backbone.pipeline_class.__name__: backbone for backbone in all_backbones()}
+    name = index.get("_class_name")
+    if name not in backbones:
+        raise LinearizeError(f"{source} is a {name}, which has no backbone: give a folder of {' or '.join(backbones)}.")
+    backbone = backbones[name]
+    for component, entry in index.items():
+        if isinstance(entry, list) and entry[0] is not None and entry[0] not in COMPONENT_LIBRARIES:
+            raise LinearizeError(
+                f"{source} takes its {component} from {entry[0]}.{entry[1]}, not from {' or '.join(COMPONENT_LIBRARIES)}: "
+                "a teacher is a stock pipeline, so give the one that this folder was made from."
+            )
+    transformer = index.get("transformer", [None, None])[1]
+    if transformer != backbone.transformer_class.__name__:
+        raise LinearizeError(
+            f"{source} has the transformer {transformer}, not {backbone.transformer_class.__name__}: give a stock {name} folder."
+        )
+    return backbone
+
+
+def _check_weights(folder: Path) -> None:
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise LinearizeError(f"{file} is truncated or corrupt ({error}): copy or download the teacher again.") from error
+
+
+def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> Teacher:
+    if not (folder / "model_index.json").is_file():
+        raise LinearizeError(
+            f"{folder} is no pipeline folder (it has no model_index.json): set teacher.path to a folder that save_pretrained wrote, "
+            "or choose teacher=scenes."
+        )
+    backbone = _backbone_of(read_json(folder / "model_index.json"), str(folder))
+    _check_weights(folder)
+    digest = weight_hash(folder / "transformer")
+    try:
+        pipeline = backbone.pipeline_class.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise LinearizeError(f"{folder} does not load as a pipeline ({first_line}): copy or download it again.") from error
+    missing = [key for key, parameter in pipeline.transformer.named_parameters() if parameter.is_meta]
+    if missing:
+        raise LinearizeError(f"{folder} lacks {len(missing)} tensors of its transformer ({missing[0]}, ...): copy or download it again.")
+    _freeze(pipeline)
+    return Teacher(pipeline.to(device), backbone, name, revision, digest)
+
+
+@contextlib.contextmanager
+def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
+    """Turns what the hub client raises into one sentence. The order matters: a gated repository is also a missing one, and both OSErrors."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise LinearizeError(
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login` and start again."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise LinearizeError(f"{hub_id} has no revision {revision}: set teacher.revision=null for its main branch.") from error
+    except RepositoryNotFoundError as error:
+        raise LinearizeError(
+            f"{hub_id} is no public model of the hub: check teacher.hub_id, or run `hf auth login` if it is private."
+        ) from error
+    except FileNotFoundError as error:
+        raise LinearizeError(
+            f"The hub cannot be reached and {hub_id} is not in the local cache: check the network, or set teacher.path=<folder of a copy>."
+        ) from error
+    except EntryNotFoundError as error:
+        raise LinearizeError(f"{hub_id} has no model_index.json: give the id of a diffusers pipeline.") from error
+    except OSError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise LinearizeError(
+            f"{hub_id} could not be downloaded ({first_line}): check the network and the disk space, or set teacher.path=<folder of a copy>."
+        ) from error
+
+
+def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
+    """Fetches a pipeline into the hub cache; returns its folder and the commit that the revision resolved to."""
+    with _hub_errors(hub_id, revision):
+        index = Path(hf_hub_download(hub_id, "model_index.json", revision=revision))
+    commit = index.parent.name
+    backbone = _backbone_of(read_json(index), hub_id)
+    with _hub_errors(hub_id, commit):
+        return Path(backbone.pipeline_class.download(hub_id, revision=commit, use_safetensors=True)), commit
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _build_random(random: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Teacher:
+    """A full-size pipeline without text encoders, its weights drawn in place on the device in `dtype`: no float32 copy, no copy on the CPU."""
+    backbones = {backbone.name: backbone for backbone in all_backbones()}
+    if random["backbone"] not in backbones:
+        raise LinearizeError(f"teacher.random.backbone={random['backbone']} is unknown: use one of {', '.join(backbones)}.")
+    backbone = backbones[random["backbone"]]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device), _default_dtype(dtype):
+        torch.manual_seed(random["seed"])
+        transformer = backbone.transformer_class(**random["transformer"])
+        autoencoder = AutoencoderKL(**random["vae"])
+    absent = dict.fromkeys(inspect.signature(backbone.pipeline_class.__init__).parameters)
+    absent.pop("self")
+    scheduler = FlowMatchEulerDiscreteScheduler(**random["scheduler"])
+    pipeline = backbone.pipeline_class(**{**absent, "transformer": transformer, "vae": autoencoder, "scheduler": scheduler})
+    _freeze(pipeline)
+    return Teacher(pipeline, backbone, random["name"], None, state_hash(transformer.state_dict()))
