@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linearize.ema import ParameterAverage
+from linearize.distillation.ema import ExponentialMovingAverage
 from linearize.scenes.latent_pool import Captioner, LatentPool, owner_labels
 from linearize.scenes.optimizer import muon_adamw
 from linearize.scenes.stage import Stage
@@ -120,6 +120,7 @@ class TeacherStage(Stage):
         self.pool_capacity = pool_capacity
         self.pool_reuse = pool_reuse
         self.pools: dict[int, LatentPool] = {}
+        self.samples_seen = 0
         # In a list, so that the frozen copy is neither saved nor counted as this module's own.
         self._reference = [] if guidance is None else [copy.deepcopy(self._velocity_parts()).eval().requires_grad_(False)]
 
@@ -127,15 +128,13 @@ class TeacherStage(Stage):
         return nn.ModuleDict({"transformer": self.transformer, "t5": self.t5, "clip": self.clip})
 
     def setup(self, stage: str) -> None:
-        """Starts the moving average, taps the last double-stream block and compiles."""
+        """Taps the last double-stream block and starts the moving average."""
         self._tap = _Tap(self.transformer.transformer_blocks[-1])
         self.transformer.transformer_blocks[-1] = self._tap
-        self.average = ParameterAverage(dict(self._velocity_parts().named_parameters()), self.ema_decay)
+        self.average = ExponentialMovingAverage(dict(self._velocity_parts().named_parameters()), self.ema_decay)
 
     def on_fit_start(self) -> None:
         """Moves what Lightning does not own to the device and compiles the repeated blocks."""
-        for name, tensor in self.average.average.items():
-            self.average.average[name] = tensor.to(self.device)
         for reference in self._reference:
             reference.to(self.device)
         if self.compile_blocks:
@@ -145,6 +144,7 @@ class TeacherStage(Stage):
     def training_step(self, seed: int, batch_idx: int) -> Tensor:
         """Flow matching and read-out losses on one batch."""
         bucket = self._bucket(seed)
+        self.samples_seen += bucket.batch_size * self.trainer.world_size
         generator = self.generator(seed)
         encoded = self._pool(bucket.side).draw(bucket.batch_size, generator)
         num, device = bucket.batch_size, self.device
@@ -175,7 +175,7 @@ class TeacherStage(Stage):
 
     def on_train_end(self) -> None:
         """Leaves the averaged weights in the pipeline and removes the tap."""
-        self.average.copy_to_parameters()
+        self.average.swap()
         self.transformer.transformer_blocks[-1] = self._tap.block
         for part in self._velocity_parts().values():
             part.eval()
