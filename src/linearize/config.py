@@ -1,16 +1,22 @@
-"""What every Hydra entry point shares: the resolver of the project root and the way a user's mistake is told."""
+"""What Hydra entry points share: the project root, the way a user's mistake is told, and the step from a config to a teacher and its data."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from linearize.data.datamodule import SampleDataModule
+from linearize.data.ensure import ensure_samples
+from linearize.data.generation import GenerationSettings
+from linearize.data.prompts import PromptSource, prompt_source
 from linearize.errors import LinearizeError
+from linearize.teachers import Teacher, load_teacher
 
 ROOT_VARIABLE = "LINEARIZE_ROOT"
 
@@ -37,3 +43,52 @@ def user_errors() -> Iterator[None]:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+
+
+def under_root(root: str | Path, path: str | Path | None) -> Path | None:
+    """A path of a config: relative ones are meant from the project root."""
+    return None if path is None else Path(root) / Path(path).expanduser()
+
+
+def process_place() -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def build_teacher(config: DictConfig) -> Teacher:
+    """The teacher of `config.teacher`; see configs/teacher."""
+    source = {key: config.teacher[key] for key in ("hub_id", "revision", "dtype", "device")}
+    random = None if config.teacher.random is None else _plain(config.teacher.random)
+    return load_teacher(under_root(config.root, config.teacher.path), random=random, **source)
+
+
+def build_prompts(prompts: DictConfig, root: str | Path) -> PromptSource:
+    """The prompts of a config; see configs/prompts. A path that exists under the project root is that file, any other a name."""
+    plain = _plain(prompts)
+    local = under_root(root, plain["path"])
+    if local is not None and (local.exists() or plain["source"] != "dataset"):
+        plain["path"] = str(local)
+    return prompt_source(plain)
+
+
+def build_data(config: DictConfig, teacher: Teacher, *, progress: bool = True) -> SampleDataModule:
+    """The samples that `config.data` asks for, generated as far as they are missing; see configs/data."""
+    data, (rank, world_size) = config.data, process_place()
+    folders = ensure_samples(
+        teacher,
+        build_prompts(data.prompts, config.root),
+        GenerationSettings.from_config(_plain(data.generation)),
+        path=under_root(config.root, data.path),
+        num_samples=data.num_samples,
+        cache=Path(config.root) / data.cache,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+    )
+    names = ("batch_size", "num_samples", "val_share", "val_batch_size", "seed", "shuffle_shards", "num_workers")
+    arguments = {name: data[name] for name in names}
+    return SampleDataModule(folders, teacher=(teacher.name, teacher.weight_hash), **arguments)

@@ -145,7 +145,9 @@ def weight_hash(folder: str | Path) -> str:
             with safe_open(file, framework="pt") as tensors:
                 places.update({name: file for name in tensors.keys()})  # noqa: SIM118 (no mapping: it has keys() alone)
         except (SafetensorError, OSError) as error:
-            raise LinearizeError(f"{file} is truncated or corrupt ({error}): fetch or make the folder again.") from error
+            raise LinearizeError(
+                f"{file} is truncated or corrupt ({error}): fetch or make the folder again."
+            ) from error
     if not places:
         raise LinearizeError(f"{folder} holds no *.safetensors file: give a folder that a model was saved to.")
     digest = hashlib.sha256()

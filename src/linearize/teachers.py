@@ -116,7 +116,11 @@ def load_teacher(
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of a name; "auto" is the GPU of this process (LOCAL_RANK) if there is one, else the CPU."""
     if device == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -170,7 +174,9 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise LinearizeError(f"{file} is truncated or corrupt ({error}): copy or download the teacher again.") from error
+            raise LinearizeError(
+                f"{file} is truncated or corrupt ({error}): copy or download the teacher again."
+            ) from error
 
 
 def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> Teacher:
@@ -188,10 +194,14 @@ def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise LinearizeError(f"{folder} does not load as a pipeline ({first_line}): copy or download it again.") from error
+        raise LinearizeError(
+            f"{folder} does not load as a pipeline ({first_line}): copy or download it again."
+        ) from error
     missing = [key for key, parameter in pipeline.transformer.named_parameters() if parameter.is_meta]
     if missing:
-        raise LinearizeError(f"{folder} lacks {len(missing)} tensors of its transformer ({missing[0]}, ...): copy or download it again.")
+        raise LinearizeError(
+            f"{folder} lacks {len(missing)} tensors of its transformer ({missing[0]}, ...): copy or download it again."
+        )
     _freeze(pipeline)
     return Teacher(pipeline.to(device), backbone, name, revision, digest)
 
@@ -206,7 +216,9 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
             f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login` and start again."
         ) from error
     except RevisionNotFoundError as error:
-        raise LinearizeError(f"{hub_id} has no revision {revision}: set teacher.revision=null for its main branch.") from error
+        raise LinearizeError(
+            f"{hub_id} has no revision {revision}: set teacher.revision=null for its main branch."
+        ) from error
     except RepositoryNotFoundError as error:
         raise LinearizeError(
             f"{hub_id} is no public model of the hub: check teacher.hub_id, or run `hf auth login` if it is private."
@@ -248,15 +260,23 @@ def _build_random(random: Mapping[str, Any], dtype: torch.dtype, device: torch.d
     """A full-size pipeline without text encoders, its weights drawn in place on the device in `dtype`: no float32 copy, no copy on the CPU."""
     backbones = {backbone.name: backbone for backbone in all_backbones()}
     if random["backbone"] not in backbones:
-        raise LinearizeError(f"teacher.random.backbone={random['backbone']} is unknown: use one of {', '.join(backbones)}.")
+        raise LinearizeError(
+            f"teacher.random.backbone={random['backbone']} is unknown: use one of {', '.join(backbones)}."
+        )
     backbone = backbones[random["backbone"]]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device), _default_dtype(dtype):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.device(device),
+        _default_dtype(dtype),
+    ):
         torch.manual_seed(random["seed"])
         transformer = backbone.transformer_class(**random["transformer"])
         autoencoder = AutoencoderKL(**random["vae"])
     absent = dict.fromkeys(inspect.signature(backbone.pipeline_class.__init__).parameters)
     absent.pop("self")
     scheduler = FlowMatchEulerDiscreteScheduler(**random["scheduler"])
-    pipeline = backbone.pipeline_class(**{**absent, "transformer": transformer, "vae": autoencoder, "scheduler": scheduler})
+    pipeline = backbone.pipeline_class(
+        **{**absent, "transformer": transformer, "vae": autoencoder, "scheduler": scheduler}
+    )
     _freeze(pipeline)
     return Teacher(pipeline, backbone, random["name"], None, state_hash(transformer.state_dict()))

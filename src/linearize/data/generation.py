@@ -72,7 +72,9 @@ class GenerationSettings:
             if getattr(self, name) < 1:
                 raise LinearizeError(f"generation.{name}={getattr(self, name)} must be at least 1.")
         if not 0 <= self.prompt_dropout <= 1:
-            raise LinearizeError(f"generation.prompt_dropout={self.prompt_dropout} is a share: use a number from 0 to 1.")
+            raise LinearizeError(
+                f"generation.prompt_dropout={self.prompt_dropout} is a share: use a number from 0 to 1."
+            )
         if self.dtype not in DTYPES:
             raise LinearizeError(f"generation.dtype={self.dtype} is unknown: use one of {', '.join(DTYPES)}.")
         if not self.buckets or any(min(bucket.height, bucket.width, bucket.weight) <= 0 for bucket in self.buckets):
@@ -92,7 +94,9 @@ def _guidance_values(guidance: float | Mapping[str, Any]) -> tuple[float, ...]:
     if not isinstance(guidance, Mapping):
         return (float(guidance),)
     if set(guidance) != {"low", "high", "num_values"} or guidance["num_values"] < 1:
-        raise LinearizeError(f"generation.guidance_scale={dict(guidance)} is no range: use a number or {{low, high, num_values}}.")
+        raise LinearizeError(
+            f"generation.guidance_scale={dict(guidance)} is no range: use a number or {{low, high, num_values}}."
+        )
     return tuple(float(value) for value in np.linspace(guidance["low"], guidance["high"], guidance["num_values"]))
 
 
@@ -136,12 +140,18 @@ def _encode(teacher: Teacher, prompts: list[str], settings: GenerationSettings) 
     encoded = {}
     for first in range(0, len(distinct), settings.batch_size):
         part = distinct[first : first + settings.batch_size]
-        conditioning = {name: tensor.cpu() for name, tensor in teacher.encode(part, settings.max_sequence_length).items()}
-        encoded.update({prompt: {name: conditioning[name][row] for name in conditioning} for row, prompt in enumerate(part)})
+        conditioning = {
+            name: tensor.cpu() for name, tensor in teacher.encode(part, settings.max_sequence_length).items()
+        }
+        encoded.update(
+            {prompt: {name: conditioning[name][row] for name in conditioning} for row, prompt in enumerate(part)}
+        )
     return encoded
 
 
-def _sample(teacher: Teacher, batch: list[SampleSpec], encoded: Mapping[str, Mapping[str, Tensor]], num_steps: int) -> Tensor:
+def _sample(
+    teacher: Teacher, batch: list[SampleSpec], encoded: Mapping[str, Mapping[str, Tensor]], num_steps: int
+) -> Tensor:
     """Latents [batch, channels, height, width] of one batch, on the CPU."""
     device = teacher.pipeline.transformer.device
     names = encoded[batch[0].prompt]
@@ -157,7 +167,9 @@ def _sample(teacher: Teacher, batch: list[SampleSpec], encoded: Mapping[str, Map
             guidance_scale=batch[0].guidance,
         )
     except torch.cuda.OutOfMemoryError as error:
-        raise LinearizeError(f"A batch of {len(batch)} does not fit into the GPU's memory: lower generation.batch_size.") from error
+        raise LinearizeError(
+            f"A batch of {len(batch)} does not fit into the GPU's memory: lower generation.batch_size."
+        ) from error
     if not torch.isfinite(latents).all():
         raise LinearizeError(
             f"{teacher.name} gave latents that are not finite for the samples {batch[0].index} to {batch[-1].index}: try teacher.dtype=float32."
@@ -304,7 +316,10 @@ def generate_samples(
 
 def _bytes_per_sample(teacher: Teacher, settings: GenerationSettings) -> int:
     """Stored size of the largest sample, compression aside."""
-    pictures = [np.prod(teacher.backbone.latent_shape(teacher.pipeline, bucket.height, bucket.width)) for bucket in settings.buckets]
+    pictures = [
+        np.prod(teacher.backbone.latent_shape(teacher.pipeline, bucket.height, bucket.width))
+        for bucket in settings.buckets
+    ]
     embeddings = sum(tensor.numel() for tensor in teacher.encode([""], settings.max_sequence_length).values())
     return int(max(pictures) + embeddings) * DTYPES[settings.dtype].itemsize
 

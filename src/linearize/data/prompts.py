@@ -58,7 +58,9 @@ class ListedPrompts:
             raise LinearizeError(f"{origin} holds no prompt: give at least one.")
         wrong = next((prompt for prompt in listed if not isinstance(prompt, str)), None)
         if wrong is not None:
-            raise LinearizeError(f"{origin} holds {wrong!r} where a text is expected: set prompts.key to the field that holds the prompt.")
+            raise LinearizeError(
+                f"{origin} holds {wrong!r} where a text is expected: set prompts.key to the field that holds the prompt."
+            )
         self._listed = listed
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
         self.description = {"source": source, "origin": origin, "num_prompts": len(listed), "sha256": digest}
@@ -72,9 +74,13 @@ def _read_lines(path: str | None, source: str) -> list[str]:
     if path is None:
         raise LinearizeError(f"prompts.source={source} needs a file: set prompts.path=<file>.")
     try:
-        return [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [
+            line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except UnicodeDecodeError as error:
-        raise LinearizeError(f"prompts.path={path} is no UTF-8 text: convert it, or choose another prompts.source.") from error
+        raise LinearizeError(
+            f"prompts.path={path} is no UTF-8 text: convert it, or choose another prompts.source."
+        ) from error
     except OSError as error:
         raise LinearizeError(f"prompts.path={path} cannot be read ({error.strerror}): check the path.") from error
 
@@ -109,7 +115,9 @@ def dataset_prompts(*, path: str | None, key: str, split: str, **_: Any) -> Prom
     import datasets
 
     if path is None:
-        raise LinearizeError("prompts.source=dataset needs a name: set prompts.path=<dataset on the hub, local file or folder>.")
+        raise LinearizeError(
+            "prompts.source=dataset needs a name: set prompts.path=<dataset on the hub, local file or folder>."
+        )
     builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     local = Path(path).expanduser()
     try:

@@ -102,7 +102,9 @@ def write_shard(
 
 def damaged(path: Path, error: Exception | str) -> LinearizeError:
     """The error of a shard that cannot be read."""
-    return LinearizeError(f"{path} is truncated or corrupt ({error}): delete it and generate it again, or copy the store again.")
+    return LinearizeError(
+        f"{path} is truncated or corrupt ({error}): delete it and generate it again, or copy the store again."
+    )
 
 
 def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,0 +1,84 @@
+"""Generates a store of samples: what scripts/generate_data.py calls."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from linearize.config import build_prompts, build_teacher, process_place, under_root
+from linearize.data.generation import GenerationSettings, generate_samples
+from linearize.data.shards import shard_ranges
+from linearize.errors import LinearizeError
+
+INTERRUPTED = 130
+
+
+def _out_folder(config: DictConfig) -> Path:
+    if OmegaConf.is_missing(config, "out"):
+        raise LinearizeError("out is not set: give the folder of the store, for example out=data/generated/mine.")
+    folder = under_root(config.root, config.out)
+    assert folder is not None
+    return folder
+
+
+def _num_present(folder: Path) -> int:
+    return sum(len(shard) for shard in shard_ranges(folder))
+
+
+def _show_summary(summary: dict[str, Any]) -> None:
+    table = Table(show_header=False, title="samples")
+    for name, value in summary.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+def generate(config: DictConfig) -> dict[str, Any]:
+    """Generates what a store lacks and tells what it holds.
+
+    Args:
+        config: The composed configs/generate.yaml.
+
+    Returns:
+        {"folder", "generated" (by this process), "samples", "megabytes", "teacher", "weight_hash"}
+
+    Raises:
+        LinearizeError: a setting, the teacher, the prompts or the folder is wrong; the message says what to do.
+    """
+    folder = _out_folder(config)
+    if config.num_samples < 1:
+        raise LinearizeError(f"num_samples={config.num_samples} must be at least 1.")
+    source = build_prompts(config.prompts, config.root)
+    settings = GenerationSettings.from_config(OmegaConf.to_container(config.generation, resolve=True))
+    teacher = build_teacher(config)
+    rank, world_size = process_place()
+    try:
+        generated = generate_samples(
+            teacher,
+            source,
+            settings,
+            folder,
+            num_samples=config.num_samples,
+            rank=rank,
+            world_size=world_size,
+            progress=config.progress and rank == 0,
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"stopped: {folder} holds {_num_present(folder)} of {config.num_samples} samples; the same command goes on from there.\n"
+        )
+        sys.exit(INTERRUPTED)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    summary = {
+        "folder": str(folder),
+        "generated": generated,
+        "samples": _num_present(folder),
+        "megabytes": round(size / 1e6, 1),
+        "teacher": teacher.name,
+        "weight_hash": teacher.weight_hash,
+    }
+    if rank == 0:
+        _show_summary(summary)
+    return summary
