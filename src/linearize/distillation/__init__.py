@@ -1,0 +1,1 @@
+"""Distillation: the Lightning module, its losses and stages, checkpoints and callbacks."""

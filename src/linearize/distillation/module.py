@@ -1,0 +1,234 @@
+"""The LightningModule that distils a teacher into a student which shares its frozen tensors."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from linearize.backbones import find_backbone
+from linearize.distillation.capture import SiteCapture, join_outputs
+from linearize.distillation.ema import ExponentialMovingAverage
+from linearize.distillation.losses import LossTerm, Observation
+from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_noise
+from linearize.distillation.resume import restore_rng, rng_state, student_state, take_student_state
+from linearize.distillation.schedules import constant
+from linearize.distillation.stages import Stage, stage_at
+from linearize.evaluation.metrics import relative_velocity_error
+from linearize.surgery import match_layers, share_student, trained_parameters
+
+# What a batch holds beside the conditioning of `Backbone.predict`.
+_NOT_CONDITIONING = ("latents", "prompt", "index")
+
+
+class DistillationModule(lightning.LightningModule):
+    """Trains a student's mixers and attention projections against a frozen teacher.
+
+    The teacher runs as a student with softmax in every site, which shares each of its parameters with the stock transformer and computes
+    the same bits, so that both are looked into in the same way.
+
+    Args:
+        teacher: The teacher's stock transformer, frozen.
+        student: What `share_student(teacher, plan)` returned. What trains is put in float32, the rest stays the teacher's own.
+        stages: One or more stages, run one after another; optimizer state, schedule and average start anew in each.
+        optimizer: Makes the optimizer from a list of parameters.
+        schedule: Learning-rate factor of (steps done in the stage, steps of the stage).
+        sigma: Distribution of noise levels.
+        seed: Seed of noise and noise levels.
+        ema_decay: Decay of the average of what trains; 0 evaluates and exports the plain weights.
+        gradient_checkpointing: Recomputes the student's blocks in the backward pass: less memory, about a third more time.
+        compile_backend: Backend for torch.compile of the blocks ("inductor"); None runs them eagerly.
+        identity: What a checkpoint must agree with to be resumed, by name, for example the teacher's weight hash. JSON.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        stages: Sequence[Stage],
+        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        schedule: Callable[[int, int], float] = constant,
+        sigma: SigmaSampler | None = None,
+        seed: int = 0,
+        ema_decay: float = 0.999,
+        gradient_checkpointing: bool = False,
+        compile_backend: str | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # a checkpoint holds what trains and nothing else; resume.py checks that it holds all of that
+        self.backbone = find_backbone(student)
+        self.teacher = share_student(teacher, []).eval().requires_grad_(False)
+        self.student = student
+        self.trained = trained_parameters(student)
+        for parameter in self.trained.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self.ema = ExponentialMovingAverage(self.trained, ema_decay)
+        self.stages = list(stages)
+        self.make_optimizer, self.schedule = optimizer, schedule
+        self.sigma, self.seed = sigma or Uniform(), seed
+        self.identity = {**(identity or {}), "plan": student.config["linearize_plan"]}
+        self._micro_step = 0
+        self._rng: dict[str, Any] | None = None
+        self._attach_captures()
+        if gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
+        if compile_backend is not None:
+            self.student.compile_repeated_blocks(backend=compile_backend)
+            self.teacher.compile_repeated_blocks(backend=compile_backend)
+
+    def _attach_captures(self) -> None:
+        planned = [name for rule in self.identity["plan"] for name in rule["layers"]]
+        terms = [term for stage in self.stages for term in stage.terms.values()]
+        self._attention_sites = {id(term): match_layers(term.attention_layers, planned) for term in terms}
+        self._transfer_sites = {id(term): match_layers(term.transfer_layers, planned) for term in terms}
+        attention = {name for names in self._attention_sites.values() for name in names}
+        transfer = {name for names in self._transfer_sites.values() for name in names}
+        self._sites = self.backbone.sites(self.student)
+        self._teacher_capture = SiteCapture(self.backbone.sites(self.teacher), attention, transfer)
+        self._student_capture = SiteCapture(self._sites, attention, set())
+
+    def train(self, mode: bool = True) -> "DistillationModule":
+        """Sets the student's mode; the teacher always stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the next optimizer step."""
+        return stage_at(self.stages, self.trainer.global_step)[0]
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over what trains, and the schedule of the stages."""
+        optimizer = self.make_optimizer(list(self.trained.values()))
+
+        def factor(step: int) -> float:
+            stage, done = stage_at(self.stages, step)
+            return self.schedule(done, stage.num_steps)
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One micro step: draws noise, looks at teacher and student, and sums the terms of the stage's loss."""
+        step = self.trainer.global_step
+        keys = [(self.seed, step, self._micro_step, index) for index in _indices(batch)]
+        self._micro_step += 1
+        terms = {name: term for name, term in self.stage.terms.items() if term.weight > 0}
+        noise, sigma = draw_noise(batch["latents"], keys, self.sigma)
+        loss = torch.zeros((), device=batch["latents"].device)
+        for name, value in self.compute_terms(terms, batch, noise, sigma).items():
+            self.log(f"train/{name}", value.detach(), batch_size=len(sigma))
+            loss = loss + terms[name].weight * value
+        self.log("train/loss", loss.detach(), batch_size=len(sigma))
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(sigma))
+        return loss
+
+    def compute_terms(
+        self, terms: Mapping[str, LossTerm], batch: Mapping[str, Any], noise: Tensor, sigma: Tensor
+    ) -> dict[str, Tensor]:
+        """Computes loss terms on given noise.
+
+        Args:
+            terms: The terms by name; only what they need is run.
+            batch: "latents" [batch, channels, height, width] and the conditioning.
+            noise: Like the latents.
+            sigma: [batch].
+
+        Returns:
+            Each term's value, unweighted.
+        """
+        values = list(terms.values())
+        latents = batch["latents"].float()
+        inputs = (add_noise(latents, noise, sigma), sigma, conditioning_of(batch))
+        seen = Observation(target=noise - latents)
+        attention = {name for term in values for name in self._attention_sites[id(term)]}
+        transfer = [name for term in values for name in self._transfer_sites[id(term)]]
+        if transfer or any(term.needs_teacher for term in values):
+            with torch.no_grad(), self._teacher_capture.recording() as (outputs, calls):
+                seen.teacher_velocity = self.backbone.predict(self.teacher, *inputs)
+            seen.teacher_attention = {name: outputs[name] for name in attention}
+        if any(term.needs_student for term in values):
+            with self._student_capture.recording() as (outputs, _):
+                seen.student_velocity = self.backbone.predict(self.student, *inputs)
+            seen.student_attention = {name: outputs[name] for name in attention}
+        if transfer:
+            seen.transfer = {
+                name: (join_outputs(self._sites[name](*calls[name].arguments, **calls[name].keywords)), calls[name].output)
+                for name in transfer
+            }
+        return {name: term(seen) for name, term in terms.items()}
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Steps, moves the average, and at the end of a stage clears what belongs to it."""
+        before = self.stage
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.ema.update()
+        self._micro_step = 0
+        if stage_at(self.stages, self.trainer.global_step + 1)[0] is not before:
+            optimizer.state.clear()
+            self.ema.reset()
+
+    def on_validation_start(self) -> None:
+        """Puts the averaged weights in place."""
+        self.ema.swap()
+
+    def on_validation_end(self) -> None:
+        """Puts the trained weights back."""
+        self.ema.swap()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Logs val/velocity_error: |v_student - v_teacher|^2 / |v_teacher|^2 on held-out samples.
+
+        Noise and noise level are functions of the sample's index, so that every run and every step is measured on the same.
+        """
+        indices = _indices(batch)
+        noise, _ = draw_noise(batch["latents"], [("validation", index) for index in indices], self.sigma)
+        sigma = torch.tensor([_spread(index) for index in indices], device=noise.device)
+        inputs = (add_noise(batch["latents"].float(), noise, sigma), sigma, conditioning_of(batch))
+        teacher = self.backbone.predict(self.teacher, *inputs)
+        error = relative_velocity_error(self.backbone.predict(self.student, *inputs), teacher).mean()
+        self.log("val/velocity_error", error, batch_size=len(sigma), sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what trains and drops all that the teacher brings."""
+        checkpoint["state_dict"] = {f"student.{name}": value.detach() for name, value in self.trained.items()}
+        checkpoint["linearize"] = {**student_state(self), "rng": rng_state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint is of this student, and takes it over.
+
+        Raises:
+            LinearizeError: it is of another teacher, plan or version, or is incomplete.
+        """
+        take_student_state(self, checkpoint)
+        self._rng = checkpoint["linearize"]["rng"]
+
+    def on_train_start(self) -> None:
+        """Restores the state of the random number generators, after all else is built."""
+        if self._rng is not None:
+            restore_rng(self._rng)
+            self._rng = None
+
+
+def conditioning_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Backbone.predict` is to be told beside latents and sigma, with floating point tensors in float32."""
+    return {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+        if name not in _NOT_CONDITIONING
+    }
+
+
+def _indices(batch: Mapping[str, Any]) -> list[int]:
+    return [int(index) for index in batch["index"]]
+
+
+def _spread(index: int) -> float:
+    """A noise level of a sample: multiples of the golden ratio fill (0, 1) evenly for any run of indices."""
+    return 0.02 + 0.96 * ((index + 0.5) * 0.6180339887498949 % 1.0)

@@ -1,0 +1,134 @@
+"""What a checkpoint holds beside Lightning's own state, and the checks before a run takes it over."""
+
+import logging
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from linearize.distillation.checkpoint import SUFFIX
+from linearize.errors import LinearizeError
+
+if TYPE_CHECKING:
+    from linearize.distillation.module import DistillationModule
+
+_FORMAT = 1
+_log = logging.getLogger(__name__)
+
+
+def student_state(module: "DistillationModule") -> dict[str, Any]:
+    """The average, and what identifies the run: teacher, plan, stages."""
+    return {
+        "format": _FORMAT,
+        "identity": module.identity,
+        "stages": {stage.name: stage.num_steps for stage in module.stages},
+        "ema": module.ema.state_dict(),
+    }
+
+
+def take_student_state(module: "DistillationModule", checkpoint: dict[str, Any]) -> None:
+    """Checks a checkpoint against a module and takes over its average; Lightning takes over the rest.
+
+    Raises:
+        LinearizeError: it is of another kind, teacher, plan, or lacks a tensor.
+    """
+    state = checkpoint.get("linearize")
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise LinearizeError("The checkpoint was not written by this version of linearize's training: start again without resume.")
+    for name, mine in module.identity.items():
+        theirs = state["identity"].get(name)
+        if theirs != mine:
+            raise LinearizeError(
+                f"The checkpoint is of another {name} ({_short(theirs)}) than this run ({_short(mine)}): "
+                "give the run the configuration that the checkpoint was trained with, or start again without resume."
+            )
+    _check_shapes(module, checkpoint["state_dict"], state["ema"]["average"])
+    _check_steps(module, state["stages"], checkpoint["global_step"])
+    module.ema.load_state_dict(state["ema"])
+
+
+def _check_shapes(module: "DistillationModule", weights: dict[str, Any], average: dict[str, Any]) -> None:
+    wanted = {name: value.shape for name, value in module.trained.items()}
+    found = {name.removeprefix("student."): value.shape for name, value in weights.items()}
+    averaged = {name: value.shape for name, value in average.items()}
+    if wanted != found or wanted != averaged:
+        differing = sorted(name for name in wanted | found if not wanted.get(name) == found.get(name) == averaged.get(name))
+        raise LinearizeError(
+            f"The checkpoint does not fit this student ({len(differing)} tensors differ, first {differing[0]}): "
+            "start again without resume."
+        )
+
+
+def _check_steps(module: "DistillationModule", stages: dict[str, int], step: int) -> None:
+    mine = {stage.name: stage.num_steps for stage in module.stages}
+    total, before = sum(mine.values()), sum(stages.values())
+    if step > total:
+        raise LinearizeError(f"The checkpoint is at step {step}, past trainer.max_steps={total}: raise trainer.max_steps.")
+    if mine != stages:
+        _log.warning(
+            "The checkpoint was trained for %d steps and this run has %d (stages %s, before %s): "
+            "the learning-rate schedule changes from here on.",
+            before,
+            total,
+            mine,
+            stages,
+        )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        rules = [f"{rule['mixer']} {rule['arguments']} on {len(rule['layers'])} layers" for rule in value]
+        return "; ".join(rules) or "nothing replaced"
+    return str(value)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global random number generators. Training draws from seeded generators of its own; callbacks and users may not."""
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": list(np.random.get_state()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Undoes `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def find_checkpoint(resume: str | None, run_dir: Path, root: Path) -> Path | None:
+    """Finds the checkpoint to go on from.
+
+    Args:
+        resume: None, "last", or a path: of a checkpoint, or of a run's folder.
+        run_dir: Folder of this run; "last" is its own checkpoint if it has one,
+        root: else the newest under this folder, where runs are kept.
+
+    Raises:
+        LinearizeError: there is none.
+    """
+    if resume is None:
+        return None
+    if resume != "last":
+        path = Path(resume).expanduser()
+        path = path / "checkpoints" / f"last{SUFFIX}" if path.is_dir() else path
+        if not path.is_file():
+            raise LinearizeError(f"resume={resume} is no checkpoint: set resume=last, or the path of a *{SUFFIX} checkpoint.")
+        return path
+    own = run_dir / "checkpoints" / f"last{SUFFIX}"
+    if own.is_file():
+        return own
+    found = sorted(root.glob(f"**/checkpoints/last{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise LinearizeError(f"resume=last finds no checkpoint in {run_dir} or under {root}: start without resume, or give its path.")
+    return found[-1]
