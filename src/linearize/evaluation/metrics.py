@@ -65,7 +65,7 @@ def relative_velocity_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(1) / teacher.square().sum(1)
 
 
-class _GivenFeatures(nn.Module):
+class GivenFeatures(nn.Module):
     """Stands where torchmetrics expects a network: the features were computed before."""
 
     def __init__(self, num_features: int):
@@ -76,20 +76,21 @@ class _GivenFeatures(nn.Module):
         return features
 
 
-def frechet_distance(features: Tensor, references: Tensor) -> float | None:
-    """Fréchet distance of two Gaussians fitted to features, ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
+def gaussian_distance(features: Tensor, references: Tensor) -> float:
+    """Fréchet distance of two Gaussians fitted to features, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
 
     Args:
-        features: [samples, num_features].
-        references: [reference_samples, num_features].
-
-    Returns:
-        The distance, or None where either set has fewer than four samples a feature: a covariance of fewer says little.
+        features: [samples, num_features], at least two samples.
+        references: [reference_samples, num_features], at least two samples.
     """
-    num_features = features.shape[1]
-    if min(len(features), len(references)) < 4 * num_features:
-        return None
-    metric = FrechetInceptionDistance(feature=_GivenFeatures(num_features), normalize=True).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=GivenFeatures(features.shape[1]), normalize=True).set_dtype(torch.float64)
     metric.update(references.double().cpu(), real=True)
     metric.update(features.double().cpu(), real=False)
     return max(0.0, float(metric.compute()))
+
+
+def frechet_distance(features: Tensor, references: Tensor) -> float | None:
+    """`gaussian_distance`, or None where either set has fewer than four samples a feature: their covariance says little."""
+    if min(len(features), len(references)) < 4 * features.shape[1]:
+        return None
+    return gaussian_distance(features, references)

@@ -16,6 +16,8 @@ _INK = (32, 33, 36)
 _PAPER = (255, 255, 255)
 # Pictures are at least this wide in a grid, so that small ones and their captions can be read.
 _MIN_SIDE = 256
+# Small differences would be black in true brightness.
+_DIFFERENCE_GAIN = 4
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -39,7 +41,7 @@ def comparison_grid(
     Args:
         columns: Pictures [rows, 3, height, width] in [0, 1] by title.
         captions: One per row.
-        difference: Two titles whose absolute difference becomes a last column, in true brightness; None for no such column.
+        difference: Two titles whose absolute difference, four times as bright, becomes a last column; None for no such column.
 
     Raises:
         ValueError: a column has another number of pictures than there are captions.
@@ -47,7 +49,7 @@ def comparison_grid(
     shown = {title: images.detach().float().cpu() for title, images in columns.items()}
     if difference is not None:
         first, second = difference
-        shown[f"|{second} - {first}|"] = (shown[second] - shown[first]).abs()
+        shown[f"difference x {_DIFFERENCE_GAIN}"] = _DIFFERENCE_GAIN * (shown[second] - shown[first]).abs()
     wrong = [title for title, images in shown.items() if len(images) != len(captions)]
     if wrong:
         raise ValueError(f"columns {wrong} do not have one picture for each of the {len(captions)} captions")

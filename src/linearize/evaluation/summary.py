@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from linearize.data.prompts import ScenePrompts
 from linearize.evaluation.environment import command, machine, versions
 from linearize.evaluation.metrics import frechet_distance, mean_psnr
 from linearize.evaluation.paired import PairedProtocol
@@ -17,8 +18,7 @@ from linearize.evaluation.scene_metrics import judge_features, scene_numbers
 from linearize.evaluation.settings import EvaluationSettings
 from linearize.evaluation.tables import print_summary
 from linearize.files import write_json
-from linearize.flops import attention_flops_ratio
-from linearize.scenes import grammar
+from linearize.flops import attention_flops
 from linearize.scenes.judge import Judge
 from linearize.surgery import share_student, trained_parameters
 
@@ -78,8 +78,22 @@ def summarize_run(
         reference_folder=reference_folder,
         save_reference=save_reference,
     )
+    summary = build_summary(comparison, student, teacher, settings, training=training)
+    write_summary(summary, comparison, settings, folder)
+    return summary
+
+
+def build_summary(
+    comparison: Comparison,
+    student: nn.Module,
+    teacher: "Teacher",
+    settings: EvaluationSettings,
+    *,
+    training: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The content of `summary.json`: the numbers, what the run cost, and where all of it comes from."""
     training = training or {}
-    summary: dict[str, Any] = {
+    return {
         **comparison.numbers,
         "attention_flops_ratio": _flops_ratio(student, teacher, settings),
         "train_seconds": training.get("train_seconds"),
@@ -92,10 +106,16 @@ def summarize_run(
         "machine": machine(next(student.parameters()).device),
         "command": command(),
     }
+
+
+def write_summary(
+    summary: Mapping[str, Any], comparison: Comparison, settings: EvaluationSettings, folder: str | Path
+) -> None:
+    """Writes `summary.json` and `samples.png` (teacher | untrained | student | difference) and prints the numbers."""
+    columns = {name: images[: settings.num_rows] for name, images in comparison.images.items()}
     write_json(Path(folder) / "summary.json", summary)
-    save_png(samples_picture(comparison, settings.num_rows), Path(folder) / "samples.png")
+    save_png(comparison_grid(columns, comparison.prompts[: settings.num_rows]), Path(folder) / "samples.png")
     print_summary(summary)
-    return summary
 
 
 def compare(
@@ -115,7 +135,7 @@ def compare(
     makes of the teacher, before any step of training.
     """
     if prompts is None:
-        prompts = grammar.prompts(settings.num_prompts, split="held_out", seed=settings.seed)
+        prompts = ScenePrompts("held_out", settings.seed).prompts(0, settings.num_prompts)
     protocol = PairedProtocol(teacher, list(prompts[: settings.num_prompts]), settings)
     reference = teacher_reference(protocol, reference_folder, save=save_reference)
     velocities = protocol.velocities(teacher.pipeline.transformer, reference.latents)
@@ -136,12 +156,6 @@ def untrained_student(teacher: "Teacher", student: nn.Module, seed: int) -> nn.M
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return share_student(teacher.pipeline.transformer, student.config.linearize_plan)
-
-
-def samples_picture(comparison: Comparison, num_rows: int):
-    """teacher | untrained | student | difference for the first prompts."""
-    columns = {name: images[:num_rows] for name, images in comparison.images.items()}
-    return comparison_grid(columns, comparison.prompts[:num_rows])
 
 
 def _teacher_numbers(
@@ -167,7 +181,9 @@ def _picture_numbers(
 
 
 def _flops_ratio(student: nn.Module, teacher: "Teacher", settings: EvaluationSettings) -> float:
-    shape = teacher.backbone.latent_shape(teacher.pipeline, settings.height, settings.width)
+    backbone = teacher.backbone
+    shape = backbone.latent_shape(teacher.pipeline, settings.height, settings.width)
     latents = torch.empty((1, *shape), device="meta")
-    layout = teacher.backbone.forward_layout(student, latents, settings.max_sequence_length)
-    return attention_flops_ratio(student, layout)
+    layout = backbone.forward_layout(student, latents, settings.max_sequence_length)
+    before, after = (attention_flops(backbone, model, layout) for model in (teacher.pipeline.transformer, student))
+    return after / before

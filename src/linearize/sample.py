@@ -1,0 +1,63 @@
+"""Pictures of a student or a teacher, through the stock pipeline call."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from linearize.config import build_teacher
+from linearize.data.prompts import text_prompts
+from linearize.errors import LinearizeError
+from linearize.evaluation.pictures import save_png
+from linearize.export import load_pipeline
+from linearize.teachers import resolve_device, resolve_dtype
+
+
+def sample(cfg: DictConfig) -> list[Path]:
+    """Writes one PNG for every prompt of `configs/sample.yaml`.
+
+    Returns:
+        The files.
+
+    Raises:
+        LinearizeError: no prompt is given, a folder cannot be read, or the file's name is no PNG's.
+    """
+    prompts = _prompts(cfg)
+    out = Path(cfg.out)
+    if out.suffix.lower() != ".png":
+        raise LinearizeError(f"out={cfg.out} is no name of a PNG file: give one, for example out=sample.png.")
+    pipeline = _load(cfg)
+    files = [out] if len(prompts) == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(len(prompts))]
+    for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
+        picture = pipeline(
+            prompt=prompt,
+            height=cfg.height,
+            width=cfg.width,
+            num_inference_steps=cfg.num_inference_steps,
+            guidance_scale=cfg.guidance_scale,
+            max_sequence_length=cfg.max_sequence_length,
+            generator=torch.Generator("cpu").manual_seed(cfg.seed + index),
+        ).images[0]
+        save_png(picture, file)
+        print(f"{file}: {prompt}")
+    return files
+
+
+def _prompts(cfg: DictConfig) -> list[str]:
+    if (cfg.prompt is None) == (cfg.prompts is None):
+        raise LinearizeError('Give either prompt="a text" or prompts=<text file with one prompt a line>.')
+    if cfg.prompt is not None:
+        return [cfg.prompt]
+    source = text_prompts(path=cfg.prompts)
+    return source.prompts(0, source.description["num_prompts"])
+
+
+def _load(cfg: DictConfig) -> Any:
+    if cfg.student is not None:
+        device = resolve_device(cfg.teacher.device)
+        return load_pipeline(cfg.student, torch_dtype=resolve_dtype(cfg.teacher.dtype, device)).to(device)
+    teacher = build_teacher(cfg)
+    if not teacher.has_text_encoder:
+        raise LinearizeError(f"teacher {teacher.name} has no text encoder and cannot be prompted: choose another teacher.")
+    return teacher.pipeline
