@@ -77,38 +77,22 @@ class Layout:
         """The same tokens in another order."""
         return replace(self, tile=tile)
 
-    def raster_to_tile(self) -> Tensor:
-        """Index [num_image_tokens] that puts raster order into this layout's order: `tokens[index]`. On the CPU, not to be written to."""
-        return _raster_to_tile(self.grids, self.tile)
+    def raster_to_tile(self, device: torch.device | str = "cpu") -> Tensor:
+        """Index [num_image_tokens] that puts raster order into this layout's order: `tokens[index]`. Cached: not to be written to."""
+        return _raster_to_tile(self.grids, self.tile, torch.device(device))
 
-    def tile_to_raster(self) -> Tensor:
-        """Index [num_image_tokens] that puts this layout's order back into raster order. On the CPU, not to be written to."""
-        return _tile_to_raster(self.grids, self.tile)
+    def tile_to_raster(self, device: torch.device | str = "cpu") -> Tensor:
+        """Index [num_image_tokens] that puts this layout's order back into raster order. Cached: not to be written to."""
+        return _tile_to_raster(self.grids, self.tile, torch.device(device))
 
-    def index_to(self, tile: tuple[int, int] | None) -> Tensor:
-        """Index [num_tokens] over all tokens that puts this layout's order into that of `with_tile(tile)`."""
-        image = self.tile_to_raster()[self.with_tile(tile).raster_to_tile()]
-        text = torch.arange(self.num_text_tokens)
-        if self.text_first:
-            return torch.cat([text, image + self.num_text_tokens])
-        return torch.cat([image, text + self.num_image_tokens])
+    def index_to(self, tile: tuple[int, int] | None, device: torch.device | str = "cpu") -> Tensor:
+        """Index [num_tokens] over all tokens that puts this layout's order into that of `with_tile(tile)`. Cached: not to be written to."""
+        return _index_between(self, tile, torch.device(device))
 
 
 def tile_spans(length: int, size: int) -> list[tuple[int, int]]:
     """The half-open intervals of at most `size` that cut `range(length)`; the last may be shorter."""
     return [(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-@lru_cache(maxsize=64)
-def _raster_to_tile(grids: tuple[Grid, ...], tile: tuple[int, int] | None) -> Tensor:
-    # Built outside inference mode: a table first made while sampling is used for training later.
-    with torch.inference_mode(False):
-        parts, offset = [], 0
-        for grid in grids:
-            tokens = torch.arange(grid.num_tokens, device="cpu").view(grid.frames, grid.height, grid.width)
-            parts.extend(part + offset for part in _tiles_of(tokens, grid, tile))
-            offset += grid.num_tokens
-        return torch.cat(parts)
 
 
 def _tiles_of(tokens: Tensor, grid: Grid, tile: tuple[int, int] | None) -> list[Tensor]:
@@ -122,7 +106,31 @@ def _tiles_of(tokens: Tensor, grid: Grid, tile: tuple[int, int] | None) -> list[
     ]
 
 
+# The tables are built outside inference mode: one that is first made while sampling is used for training later.
+
+
 @lru_cache(maxsize=64)
-def _tile_to_raster(grids: tuple[Grid, ...], tile: tuple[int, int] | None) -> Tensor:
+def _raster_to_tile(grids: tuple[Grid, ...], tile: tuple[int, int] | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.argsort(_raster_to_tile(grids, tile))
+        parts, offset = [], 0
+        for grid in grids:
+            tokens = torch.arange(grid.num_tokens, device="cpu").view(grid.frames, grid.height, grid.width)
+            parts.extend(part + offset for part in _tiles_of(tokens, grid, tile))
+            offset += grid.num_tokens
+        return torch.cat(parts).to(device)
+
+
+@lru_cache(maxsize=64)
+def _tile_to_raster(grids: tuple[Grid, ...], tile: tuple[int, int] | None, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.argsort(_raster_to_tile(grids, tile, torch.device("cpu"))).to(device)
+
+
+@lru_cache(maxsize=64)
+def _index_between(layout: Layout, tile: tuple[int, int] | None, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        image = layout.tile_to_raster()[layout.with_tile(tile).raster_to_tile()]
+        text = torch.arange(layout.num_text_tokens, device="cpu")
+        if layout.text_first:
+            return torch.cat([text, image + layout.num_text_tokens]).to(device)
+        return torch.cat([image, text + layout.num_image_tokens]).to(device)

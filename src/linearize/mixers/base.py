@@ -40,7 +40,8 @@ class MixerContext:
         positions: Position ids of all tokens, [tokens, axes], in the order of the tokens.
         softmax: The family's own attention call, its backend included, on rotated query and key and on value.
         key_mask: [batch, tokens], True where a key is valid; None when all are.
-        hidden_states: The layer's input, [batch, tokens, hidden_size], text and image in the order of the tokens.
+        hidden_states: The layer's input, [batch, tokens, hidden_size], in the order of the tokens, only for mixers that set
+            `uses_hidden_states`.
         timestep_embedding: [batch, embedding_dim], only for mixers that set `uses_timestep_embedding`.
     """
 
@@ -61,11 +62,13 @@ class Mixer(nn.Module):
     Attributes:
         token_order: The order of image tokens that it wants: "any", "raster" or "tile".
         trained_projections: The teacher's projections that are trained with it, where the layer has them.
+        uses_hidden_states: Whether the context must carry the layer's input.
         uses_timestep_embedding: Whether the context must carry the timestep embedding.
     """
 
     token_order: str = "any"
     trained_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out")
+    uses_hidden_states: ClassVar[bool] = False
     uses_timestep_embedding: ClassVar[bool] = False
 
     def __init__(self, shape: AttentionShape) -> None:

@@ -1,0 +1,85 @@
+"""What a backbone is: all that linearize knows of one family of Diffusion Transformers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from linearize.layout import Layout
+from linearize.mixers import AttentionShape
+
+
+class Backbone:
+    """One DiT family: where its attention layers are, and how latents, prompts and pictures go in and out. Holds no state.
+
+    Attributes:
+        name: Short name of the family.
+        transformer_class: The diffusers transformer.
+        student_class: Our subclass of it, whose attention layers are sites; `convert(transformer, plan)` makes a transformer one in place.
+        pipeline_class: The diffusers text-to-image pipeline.
+    """
+
+    name: ClassVar[str]
+    transformer_class: ClassVar[type[nn.Module]]
+    student_class: ClassVar[Any]
+    pipeline_class: ClassVar[type]
+
+    def sites(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        """The attention layers that a mixer can take, by name, in the order of the forward pass."""
+        raise NotImplementedError
+
+    def shape(self, site: nn.Module) -> AttentionShape:
+        """The sizes of an attention layer."""
+        raise NotImplementedError
+
+    def reference_layout(self, transformer: nn.Module) -> Layout:
+        """The tokens of one ordinary picture, at which reports count operations."""
+        raise NotImplementedError
+
+    def forward_layout(self, transformer: nn.Module, latents: Tensor, num_text_tokens: int) -> Layout:
+        """The tokens, and their order inside the transformer, that `predict` on these latents [batch, channels, height, width] has."""
+        raise NotImplementedError
+
+    def predict(self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
+        """The velocity noise - x_0.
+
+        Args:
+            transformer: Teacher or student.
+            latents: x_sigma, [batch, channels, height, width].
+            sigma: Noise level in [0, 1], [batch].
+            conditioning: What `encode` returned, and "guidance" [batch], which teachers without a guidance embedding ignore.
+
+        Returns:
+            [batch, channels, height, width], in the latents' dtype.
+        """
+        raise NotImplementedError
+
+    def encode(self, pipeline: Any, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
+        """Embeds prompts as the pipeline does: "prompt_embeds" [batch, tokens, channels] and what else `predict` needs, batch first."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        pipeline: Any,
+        conditioning: dict[str, Any],
+        *,
+        seeds: list[int],
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Latents [batch, channels, height, width] of the stock pipeline call on embedded prompts, height and width in pixels.
+
+        Sample i starts from the noise of a CPU generator seeded with `seeds[i]`, whatever the device and the batch.
+        """
+        raise NotImplementedError
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Pictures [batch, 3, height, width] in [0, 1] of latents [batch, channels, height, width]."""
+        raise NotImplementedError
+
+    def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of a picture of height x width pixels."""
+        raise NotImplementedError

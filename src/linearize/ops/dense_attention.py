@@ -1,0 +1,43 @@
+"""Softmax attention on dense weights: the reference that everything else is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale Q K^T) V over the keys that a query may see; a query that may see none gets zeros.
+
+    Args:
+        query: [batch, heads, queries, head_dim].
+        key: [batch, key-value heads, keys, head_dim]; each key-value head serves as many consecutive query heads.
+        value: Same as key.
+        scale: Softmax scale; None means head_dim ** -0.5.
+        mask: Broadcasts to [batch, heads, queries, keys], True where a query sees a key.
+        key_mask: [batch, keys], True where a key is valid.
+
+    Returns:
+        [batch, heads, queries, head_dim].
+    """
+    key, value = match_heads(key, query), match_heads(value, query)
+    scores = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    seen = torch.ones((), dtype=torch.bool, device=query.device) if mask is None else mask
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None, :]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return torch.matmul(weights.masked_fill(~seen, 0.0), value)
+
+
+def match_heads(states: Tensor, query: Tensor) -> Tensor:
+    """Repeats key-value heads [batch, key-value heads, tokens, head_dim] until there are as many as query heads."""
+    groups = query.shape[1] // states.shape[1]
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
