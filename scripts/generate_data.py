@@ -1,4 +1,4 @@
-"""Lets a teacher generate samples: python scripts/generate_data.py teacher=scenes out=data/generated/mine num_samples=1000."""
+"""Lets a teacher generate samples: python scripts/generate_data.py out=data/generated/mine num_samples=1000."""
 
 from pathlib import Path
 

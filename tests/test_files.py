@@ -43,14 +43,19 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
 def test_read_json_names_the_file(tmp_path):
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(LinearizeError, match="bad.json is no valid JSON"):
+    with pytest.raises(LinearizeError, match=r"bad\.json is no valid JSON"):
         files.read_json(tmp_path / "bad.json")
-    with pytest.raises(LinearizeError, match="none.json cannot be read"):
+    with pytest.raises(LinearizeError, match=r"none\.json cannot be read"):
         files.read_json(tmp_path / "none.json")
 
 
 def test_hash_of_a_folder_is_the_hash_of_the_state_however_it_is_split(tmp_path):
-    state = {"b": torch.randn(3, 2).bfloat16(), "a": torch.randn(5), "scalar": torch.tensor(2.0), "empty": torch.zeros(0, 2)}
+    state = {
+        "b": torch.randn(3, 2).bfloat16(),
+        "a": torch.randn(5),
+        "scalar": torch.tensor(2.0),
+        "empty": torch.zeros(0, 2),
+    }
     for folder in ("whole", "split"):
         (tmp_path / folder).mkdir()
     save_file(state, tmp_path / "whole" / "model.safetensors")

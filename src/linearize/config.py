@@ -1,4 +1,7 @@
-"""What Hydra entry points share: the project root, the way a user's mistake is told, and the step from a config to a teacher and its data."""
+"""What Hydra entry points share.
+
+The project root, the way a user's mistake is told, and the step from a config to a teacher and its data.
+"""
 
 import contextlib
 import os
@@ -25,8 +28,8 @@ def register_resolvers(root: str | Path | None = None) -> None:
     """Makes `${project_root:}` the folder that holds configs/.
 
     Args:
-        root: That folder, as an entry point knows it; it is also left in the environment for the processes that a launcher starts. By
-            default the environment variable LINEARIZE_ROOT, or else the current folder.
+        root: That folder, as an entry point knows it; it is also left in the environment for the processes that a
+            launcher starts. By default the environment variable LINEARIZE_ROOT, or else the current folder.
     """
     folder = Path(root or os.environ.get(ROOT_VARIABLE) or Path.cwd()).resolve()
     os.environ[ROOT_VARIABLE] = str(folder)
@@ -35,7 +38,10 @@ def register_resolvers(root: str | Path | None = None) -> None:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Prints a user's mistake as one sentence and exits with 2; in a Hydra multirun the exception goes on to the sweeper."""
+    """Prints a user's mistake as one sentence and exits with 2.
+
+    In a Hydra multirun the exception goes on to the sweeper.
+    """
     try:
         yield
     except LinearizeError as error:
@@ -45,7 +51,8 @@ def user_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A config as a plain dict, its interpolations resolved."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 
@@ -62,17 +69,20 @@ def process_place() -> tuple[int, int]:
 def build_teacher(config: DictConfig) -> Teacher:
     """The teacher of `config.teacher`; see configs/teacher."""
     source = {key: config.teacher[key] for key in ("hub_id", "revision", "dtype", "device")}
-    random = None if config.teacher.random is None else _plain(config.teacher.random)
+    random = None if config.teacher.random is None else plain(config.teacher.random)
     return load_teacher(under_root(config.root, config.teacher.path), random=random, **source)
 
 
 def build_prompts(prompts: DictConfig, root: str | Path) -> PromptSource:
-    """The prompts of a config; see configs/prompts. A path that exists under the project root is that file, any other a name."""
-    plain = _plain(prompts)
-    local = under_root(root, plain["path"])
-    if local is not None and (local.exists() or plain["source"] != "dataset"):
-        plain["path"] = str(local)
-    return prompt_source(plain)
+    """The prompts of a config; see configs/prompts.
+
+    A path that exists under the project root is that file, any other a name.
+    """
+    arguments = plain(prompts)
+    local = under_root(root, arguments["path"])
+    if local is not None and (local.exists() or arguments["source"] != "dataset"):
+        arguments["path"] = str(local)
+    return prompt_source(arguments)
 
 
 def build_data(config: DictConfig, teacher: Teacher, *, progress: bool = True) -> SampleDataModule:
@@ -81,7 +91,7 @@ def build_data(config: DictConfig, teacher: Teacher, *, progress: bool = True) -
     folders = ensure_samples(
         teacher,
         build_prompts(data.prompts, config.root),
-        GenerationSettings.from_config(_plain(data.generation)),
+        GenerationSettings.from_config(plain(data.generation)),
         path=under_root(config.root, data.path),
         num_samples=data.num_samples,
         cache=Path(config.root) / data.cache,

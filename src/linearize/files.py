@@ -119,11 +119,14 @@ def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().contiguous().cpu().reshape(-1)
     if flat.numel():
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def state_hash(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a state dict: its sorted names, dtypes, shapes and bytes. `weight_hash` of the folder it is saved to is the same."""
+    """SHA-256 of a state dict: its sorted names, dtypes, shapes and bytes.
+
+    `weight_hash` of the folder it is saved to is the same.
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         _update(digest, name, state[name])
@@ -131,7 +134,7 @@ def state_hash(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def weight_hash(folder: str | Path) -> str:
-    """SHA-256 over all tensors of the safetensors files in a folder, as they are stored: names sorted, dtypes, shapes and bytes.
+    """SHA-256 over the tensors of a folder's safetensors files, as they are stored: names, dtypes, shapes and bytes.
 
     How the tensors are split into files, the order they stand in and the dtype they are later loaded in do not matter.
 

@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from linearize.config import build_prompts, build_teacher, process_place, under_root
-from linearize.data.generation import GenerationSettings, generate_samples
+from linearize.config import build_prompts, build_teacher, plain, process_place, under_root
+from linearize.data.generation import GenerationSettings, generate_samples, require_positive
 from linearize.data.shards import shard_ranges
 from linearize.errors import LinearizeError
 
@@ -48,10 +48,9 @@ def generate(config: DictConfig) -> dict[str, Any]:
         LinearizeError: a setting, the teacher, the prompts or the folder is wrong; the message says what to do.
     """
     folder = _out_folder(config)
-    if config.num_samples < 1:
-        raise LinearizeError(f"num_samples={config.num_samples} must be at least 1.")
+    require_positive("num_samples", config.num_samples)
     source = build_prompts(config.prompts, config.root)
-    settings = GenerationSettings.from_config(OmegaConf.to_container(config.generation, resolve=True))
+    settings = GenerationSettings.from_config(plain(config.generation))
     teacher = build_teacher(config)
     rank, world_size = process_place()
     try:
@@ -67,7 +66,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
         )
     except KeyboardInterrupt:
         sys.stderr.write(
-            f"stopped: {folder} holds {_num_present(folder)} of {config.num_samples} samples; the same command goes on from there.\n"
+            f"stopped: {folder} holds {_num_present(folder)} of {config.num_samples} samples; the same command goes "
+            "on from there.\n"
         )
         sys.exit(INTERRUPTED)
     size = sum(file.stat().st_size for file in folder.iterdir())

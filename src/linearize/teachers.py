@@ -33,7 +33,8 @@ class Teacher:
         backbone: The family of its transformer.
         name: Folder name, hub id, or the given name of a random architecture.
         revision: The commit on the hub; None for folders and random weights.
-        weight_hash: `files.weight_hash` of the transformer as it is stored, so it does not depend on the dtype in memory.
+        weight_hash: `files.weight_hash` of the transformer as it is stored, so it does not depend on the dtype in
+            memory.
     """
 
     pipeline: DiffusionPipeline
@@ -51,7 +52,8 @@ class Teacher:
     def encode(self, prompts: Sequence[str], max_sequence_length: int) -> dict[str, Tensor]:
         """Conditioning of prompts: {"prompt_embeds": [batch, tokens, dim], "pooled_prompt_embeds": [batch, dim]}.
 
-        A teacher without text encoders gets standard normal embeddings of the right shape, drawn from a seed that is the prompt's hash.
+        A teacher without text encoders gets standard normal embeddings of the right shape, drawn from a seed that is
+        the prompt's hash.
         """
         if self.has_text_encoder:
             return self.backbone.encode(self.pipeline, list(prompts), max_sequence_length)
@@ -87,7 +89,8 @@ def load_teacher(
         path: Folder of a pipeline; it wins over `hub_id` and `random`.
         hub_id: Model id on the hub.
         revision: Branch, tag or commit on the hub; None is its main branch. The commit it resolves to is recorded.
-        random: Architecture to fill with random weights: {"name", "backbone", "seed", "transformer", "vae", "scheduler"}.
+        random: Architecture to fill with random weights: {"name", "backbone", "seed", "transformer", "vae",
+            "scheduler"}.
         dtype: A torch dtype, its name, or "auto": bfloat16 on a GPU, float32 on a CPU.
         device: A torch device, its name, or "auto": this process's GPU if there is one, else the CPU.
 
@@ -95,8 +98,8 @@ def load_teacher(
         The teacher on `device`.
 
     Raises:
-        LinearizeError: no source is given, the folder is missing, damaged or of another architecture, the hub is unreachable or the model
-            gated, or the dtype or device does not exist.
+        LinearizeError: no source is given, the folder is missing, damaged or of another architecture, the hub is
+            unreachable or the model gated, or the dtype or device does not exist.
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
@@ -109,7 +112,8 @@ def load_teacher(
     if random is not None:
         return _build_random(random, precision, place)
     raise LinearizeError(
-        "No teacher is given: set teacher.path=<folder of a pipeline>, or choose teacher=scenes, flux_dev, flux_schnell or flux_dev_random."
+        "No teacher is given: set teacher.path=<folder of a pipeline>, or choose teacher=scenes, flux_dev, "
+        "flux_schnell or flux_dev_random."
     )
 
 
@@ -148,7 +152,10 @@ def _freeze(pipeline: DiffusionPipeline) -> None:
 
 
 def _backbone_of(index: Mapping[str, Any], source: str) -> Backbone:
-    """The backbone of a pipeline's model_index.json, which must name known classes: nothing else is ever imported from it."""
+    """The backbone of a pipeline's model_index.json, which must name known classes.
+
+    Nothing else is ever imported from it.
+    """
     backbones = {backbone.pipeline_class.__name__: backbone for backbone in all_backbones()}
     name = index.get("_class_name")
     if name not in backbones:
@@ -157,13 +164,15 @@ def _backbone_of(index: Mapping[str, Any], source: str) -> Backbone:
     for component, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None and entry[0] not in COMPONENT_LIBRARIES:
             raise LinearizeError(
-                f"{source} takes its {component} from {entry[0]}.{entry[1]}, not from {' or '.join(COMPONENT_LIBRARIES)}: "
+                f"{source} takes its {component} from {entry[0]}.{entry[1]}, not from "
+                f"{' or '.join(COMPONENT_LIBRARIES)}: "
                 "a teacher is a stock pipeline, so give the one that this folder was made from."
             )
     transformer = index.get("transformer", [None, None])[1]
     if transformer != backbone.transformer_class.__name__:
         raise LinearizeError(
-            f"{source} has the transformer {transformer}, not {backbone.transformer_class.__name__}: give a stock {name} folder."
+            f"{source} has the transformer {transformer}, not {backbone.transformer_class.__name__}: give a stock "
+            f"{name} folder."
         )
     return backbone
 
@@ -182,14 +191,16 @@ def _check_weights(folder: Path) -> None:
 def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> Teacher:
     if not (folder / "model_index.json").is_file():
         raise LinearizeError(
-            f"{folder} is no pipeline folder (it has no model_index.json): set teacher.path to a folder that save_pretrained wrote, "
+            f"{folder} is no pipeline folder (it has no model_index.json): set teacher.path to a folder that "
+            "save_pretrained wrote, "
             "or choose teacher=scenes."
         )
     backbone = _backbone_of(read_json(folder / "model_index.json"), str(folder))
     _check_weights(folder)
     digest = weight_hash(folder / "transformer")
     try:
-        pipeline = backbone.pipeline_class.from_pretrained(
+        pipeline_class: Any = backbone.pipeline_class
+        pipeline = pipeline_class.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -208,12 +219,16 @@ def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.
 
 @contextlib.contextmanager
 def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
-    """Turns what the hub client raises into one sentence. The order matters: a gated repository is also a missing one, and both OSErrors."""
+    """Turns what the hub client raises into one sentence. The order matters.
+
+    A gated repository is also a missing one, and both OSErrors.
+    """
     try:
         yield
     except GatedRepoError as error:
         raise LinearizeError(
-            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login` and start again."
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login` and "
+            "start again."
         ) from error
     except RevisionNotFoundError as error:
         raise LinearizeError(
@@ -225,14 +240,16 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         ) from error
     except FileNotFoundError as error:
         raise LinearizeError(
-            f"The hub cannot be reached and {hub_id} is not in the local cache: check the network, or set teacher.path=<folder of a copy>."
+            f"The hub cannot be reached and {hub_id} is not in the local cache: check the network, or set "
+            "teacher.path=<folder of a copy>."
         ) from error
     except EntryNotFoundError as error:
         raise LinearizeError(f"{hub_id} has no model_index.json: give the id of a diffusers pipeline.") from error
     except OSError as error:
         first_line = str(error).strip().partition("\n")[0]
         raise LinearizeError(
-            f"{hub_id} could not be downloaded ({first_line}): check the network and the disk space, or set teacher.path=<folder of a copy>."
+            f"{hub_id} could not be downloaded ({first_line}): check the network and the disk space, or set "
+            "teacher.path=<folder of a copy>."
         ) from error
 
 
@@ -241,9 +258,9 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
     with _hub_errors(hub_id, revision):
         index = Path(hf_hub_download(hub_id, "model_index.json", revision=revision))
     commit = index.parent.name
-    backbone = _backbone_of(read_json(index), hub_id)
+    pipeline_class: Any = _backbone_of(read_json(index), hub_id).pipeline_class
     with _hub_errors(hub_id, commit):
-        return Path(backbone.pipeline_class.download(hub_id, revision=commit, use_safetensors=True)), commit
+        return Path(pipeline_class.download(hub_id, revision=commit, use_safetensors=True)), commit
 
 
 @contextlib.contextmanager
@@ -257,7 +274,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _build_random(random: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Teacher:
-    """A full-size pipeline without text encoders, its weights drawn in place on the device in `dtype`: no float32 copy, no copy on the CPU."""
+    """A full-size pipeline without text encoders, its weights drawn in place on the device in `dtype`.
+
+    No float32 copy, no copy on the CPU.
+    """
     backbones = {backbone.name: backbone for backbone in all_backbones()}
     if random["backbone"] not in backbones:
         raise LinearizeError(
@@ -272,8 +292,7 @@ def _build_random(random: Mapping[str, Any], dtype: torch.dtype, device: torch.d
         torch.manual_seed(random["seed"])
         transformer = backbone.transformer_class(**random["transformer"])
         autoencoder = AutoencoderKL(**random["vae"])
-    absent = dict.fromkeys(inspect.signature(backbone.pipeline_class.__init__).parameters)
-    absent.pop("self")
+    absent = dict.fromkeys(inspect.signature(backbone.pipeline_class).parameters)
     scheduler = FlowMatchEulerDiscreteScheduler(**random["scheduler"])
     pipeline = backbone.pipeline_class(
         **{**absent, "transformer": transformer, "vae": autoencoder, "scheduler": scheduler}

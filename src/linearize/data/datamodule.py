@@ -17,7 +17,7 @@ from linearize.errors import LinearizeError
 class _Batches(Dataset):
     """Batches of a store by the positions of their samples."""
 
-    def __init__(self, store: SampleStore, batches: Sequence[Rows]):
+    def __init__(self, store: SampleStore, batches: Sequence[Rows] | Rows):
         self._store = store
         self._batches = batches
 
@@ -28,8 +28,9 @@ class _Batches(Dataset):
         return self._store.batch(self._batches[number])
 
 
-def _load(store: SampleStore, batches: Sequence[Rows], num_workers: int) -> DataLoader:
-    # A generator of its own: starting to iterate must not draw from the global one, or a run that goes on would differ from one that never stopped.
+def _load(store: SampleStore, batches: Sequence[Rows] | Rows, num_workers: int) -> DataLoader:
+    # A generator of its own: starting to iterate must not draw from the global one, or a run that goes on would differ
+    # from one that never stopped.
     return DataLoader(
         _Batches(store, batches),
         batch_size=None,
@@ -42,7 +43,8 @@ def _load(store: SampleStore, batches: Sequence[Rows], num_workers: int) -> Data
 class TrainLoader:
     """Endless epochs of shuffled batches with a position that is saved and restored.
 
-    Iterating gives the rest of the current epoch; the next iteration the next epoch. `len` is the number of batches in a whole epoch.
+    Iterating gives the rest of the current epoch; the next iteration the next epoch. `len` is the number of batches in
+    a whole epoch.
 
     Attributes:
         next_batch: Number of the batch that comes next, counted over all epochs; set it to start anywhere.
@@ -77,7 +79,8 @@ class TrainLoader:
         """
         if batch_size < 1 or batch_size % world_size:
             raise LinearizeError(
-                f"data.batch_size={batch_size} is shared by {world_size} processes: use a positive multiple of {world_size}."
+                f"data.batch_size={batch_size} is shared by {world_size} processes: use a positive multiple of "
+                f"{world_size}."
             )
         self._store, self._rows = store, rows
         self._batch_size, self._seed, self._shuffle_shards = batch_size, seed, shuffle_shards
@@ -87,7 +90,8 @@ class TrainLoader:
         )
         if self._num_batches == 0:
             raise LinearizeError(
-                f"data.batch_size={batch_size} is more than the {len(rows)} training samples of any one size: lower it or raise data.num_samples."
+                f"data.batch_size={batch_size} is more than the {len(rows)} training samples of any one size: lower "
+                "it or raise data.num_samples."
             )
         self.next_batch = 0
 
@@ -169,7 +173,8 @@ class SampleDataModule(lightning.LightningDataModule):
         self.train_rows, self.val_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         if len(self.train_rows) == 0:
             raise LinearizeError(
-                f"data.val_share={val_share} holds out all {len(self.store)} samples: raise data.num_samples, give more prompts, or set data.val_share=0."
+                f"data.val_share={val_share} holds out all {len(self.store)} samples: raise data.num_samples, give "
+                "more prompts, or set data.val_share=0."
             )
         self._batch_size, self._val_batch_size = batch_size, val_batch_size or batch_size
         self._seed, self._shuffle_shards, self._num_workers = seed, shuffle_shards, num_workers

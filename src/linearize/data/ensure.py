@@ -1,4 +1,7 @@
-"""Makes sure that a training run has its samples: those of a given store, and beyond them new ones in a cache folder."""
+"""Makes sure that a training run has its samples.
+
+Those of a given store, and beyond them new ones in a cache folder.
+"""
 
 import hashlib
 import json
@@ -32,8 +35,8 @@ def ensure_samples(
 ) -> list[Path]:
     """Folders of a store with at least `num_samples` samples of a teacher, generating what is missing.
 
-    A store at `path` is never written to: what it lacks goes into a folder of its own under `cache`, named after the teacher and the settings, where
-    later runs find it again.
+    A store at `path` is never written to: what it lacks goes into a folder of its own under `cache`, named after the
+    teacher and the settings, where later runs find it again.
 
     Args:
         teacher: The teacher that is trained.
@@ -43,15 +46,16 @@ def ensure_samples(
         num_samples: How many; None is what `path` holds.
         cache: Folder of generated stores.
         rank: This process among those that share the work.
-        world_size: Number of processes that share the work; all of them call this, and return when all samples are there.
+        world_size: Number of processes that share the work; all of them call this, and return when all samples are
+            there.
         progress: Whether to show a progress bar.
 
     Returns:
         One or two folders for `SampleStore` and `SampleDataModule`.
 
     Raises:
-        LinearizeError: another teacher made the store at `path`, more samples are asked for than it has and they would be of another kind, or it is
-            damaged.
+        LinearizeError: another teacher made the store at `path`, more samples are asked for than it has and they would
+            be of another kind, or it is damaged.
     """
     folders, present = [], []
     if path is not None:
@@ -63,7 +67,8 @@ def ensure_samples(
             return folders
     if num_samples is None:
         raise LinearizeError(
-            "data.num_samples is not set and data.path names no store: set data.num_samples=<number of samples to generate>."
+            "data.num_samples is not set and data.path names no store: set data.num_samples=<number of samples to "
+            "generate>."
         )
     description = describe(teacher, source, settings)
     if path is not None:

@@ -1,7 +1,8 @@
 """The teacher samples its own training set: what each sample is, and the loop that writes shard after shard.
 
-Sample i is a function of i and the settings alone: its prompt, its seed, its size and its guidance. So any sample can be made again by a stock
-pipeline call, and a run that was killed, or goes on with other processes, makes exactly what is missing.
+Sample i is a function of i and the settings alone: its prompt, its seed, its size and its guidance. So any sample can
+be made again by a stock pipeline call, and a run that was killed, or goes on with other processes, makes exactly what
+is missing.
 """
 
 import logging
@@ -61,24 +62,20 @@ class GenerationSettings:
         """
         config = dict(config)
         guidance = _guidance_values(config.pop("guidance_scale"))
-        buckets = tuple(Bucket(**bucket) for bucket in config.pop("buckets"))
-        settings = cls(buckets=buckets, guidance_values=guidance, **config)
+        settings = cls(buckets=_buckets(config.pop("buckets")), guidance_values=guidance, **config)
         settings.check()
         return settings
 
     def check(self) -> None:
         """Raises LinearizeError for a value out of its range."""
         for name in ("num_inference_steps", "max_sequence_length", "shard_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise LinearizeError(f"generation.{name}={getattr(self, name)} must be at least 1.")
-        if not 0 <= self.prompt_dropout <= 1:
+            require_positive(f"generation.{name}", getattr(self, name))
+        if not isinstance(self.prompt_dropout, int | float) or not 0 <= self.prompt_dropout <= 1:
             raise LinearizeError(
                 f"generation.prompt_dropout={self.prompt_dropout} is a share: use a number from 0 to 1."
             )
         if self.dtype not in DTYPES:
             raise LinearizeError(f"generation.dtype={self.dtype} is unknown: use one of {', '.join(DTYPES)}.")
-        if not self.buckets or any(min(bucket.height, bucket.width, bucket.weight) <= 0 for bucket in self.buckets):
-            raise LinearizeError("generation.buckets needs at least one {height, width, weight} with positive numbers.")
 
     def identity(self) -> dict[str, Any]:
         """What decides the content of samples, as JSON; how they are cut into shards and batches does not."""
@@ -89,20 +86,38 @@ class GenerationSettings:
         return content
 
 
+def require_positive(name: str, value: Any) -> None:
+    """Raises LinearizeError if a number of things is no whole number from 1 on."""
+    if not isinstance(value, int) or value < 1:
+        raise LinearizeError(f"{name}={value} must be a whole number of at least 1.")
+
+
+def _buckets(listed: Any) -> tuple[Bucket, ...]:
+    try:
+        buckets = tuple(Bucket(**bucket) for bucket in listed)
+        if not buckets or any(min(bucket.height, bucket.width, bucket.weight) <= 0 for bucket in buckets):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise LinearizeError(
+            f"generation.buckets={listed} must list one or more {{height, width, weight}} of positive numbers."
+        ) from error
+    return buckets
+
+
 def _guidance_values(guidance: float | Mapping[str, Any]) -> tuple[float, ...]:
     # A range is a few even steps, because one stock pipeline call has one guidance for its whole batch.
-    if not isinstance(guidance, Mapping):
+    if isinstance(guidance, int | float):
         return (float(guidance),)
-    if set(guidance) != {"low", "high", "num_values"} or guidance["num_values"] < 1:
+    if not isinstance(guidance, Mapping) or set(guidance) != {"low", "high", "num_values"}:
         raise LinearizeError(
-            f"generation.guidance_scale={dict(guidance)} is no range: use a number or {{low, high, num_values}}."
+            f"generation.guidance_scale={guidance} is no range: use a number or {{low, high, num_values}}."
         )
     return tuple(float(value) for value in np.linspace(guidance["low"], guidance["high"], guidance["num_values"]))
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Everything that a stock pipeline call needs to make one sample, but for steps and text length, which all samples share."""
+    """What a stock pipeline call needs to make one sample, but for steps and text length, which all samples share."""
 
     index: int
     prompt: str
@@ -172,7 +187,8 @@ def _sample(
         ) from error
     if not torch.isfinite(latents).all():
         raise LinearizeError(
-            f"{teacher.name} gave latents that are not finite for the samples {batch[0].index} to {batch[-1].index}: try teacher.dtype=float32."
+            f"{teacher.name} gave latents that are not finite for the samples {batch[0].index} to {batch[-1].index}: "
+            "try teacher.dtype=float32."
         )
     return latents.cpu()
 
@@ -225,14 +241,16 @@ def check_same_origin(folder: Path, description: Mapping[str, Any]) -> None:
             before, now = present[part].get(key), description[part].get(key)
             if before != now:
                 raise LinearizeError(
-                    f"{folder} was made with {part}.{key}={before}, not {now}: use that value, or choose another folder for new samples."
+                    f"{folder} was made with {part}.{key}={before}, not {now}: use that value, or choose another "
+                    "folder for new samples."
                 )
 
 
 def wrong_teacher(folder: Path, present: Mapping[str, Any], name: str, weight_hash: str) -> LinearizeError:
     """The error of a store that another teacher made."""
     return LinearizeError(
-        f"{folder} holds samples of the teacher {present['teacher']} (weights {present['weight_hash'][:12]}), but the teacher is {name} "
+        f"{folder} holds samples of the teacher {present['teacher']} (weights {present['weight_hash'][:12]}), but "
+        f"the teacher is {name} "
         f"(weights {weight_hash[:12]}): use that teacher, or data=generated to let this one make its own samples."
     )
 
@@ -253,7 +271,8 @@ def _progress(enabled: bool) -> Progress:
 def _own_ranges(folder: Path, wanted: ShardRange, shard_size: int, rank: int, world_size: int) -> list[ShardRange]:
     """What this process has to make: of the shards rank, rank + world_size, ... what is not there yet.
 
-    Shards are cut at fixed indices, so that processes which look at the folder at different times still never share one.
+    Shards are cut at fixed indices, so that processes which look at the folder at different times still never share
+    one.
     """
     present = shard_ranges(folder)
     own = []

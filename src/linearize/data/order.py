@@ -1,7 +1,7 @@
 """The order of samples: which are held out, and which form batch after batch of an epoch.
 
-Everything here is a function of small per-row facts and a seed, computed alike on every rank without reading a tensor. A rank takes its slice of
-each global batch, and a run that goes on starts at any batch at once.
+Everything here is a function of small per-row facts and a seed, computed alike on every rank without reading a tensor.
+A rank takes its slice of each global batch, and a run that goes on starts at any batch at once.
 """
 
 import hashlib
@@ -13,7 +13,10 @@ Rows = NDArray[np.int64]
 
 
 def prompt_keys(prompts: list[str], indices: Rows) -> NDArray[np.uint64]:
-    """A key for each sample that decides whether it is held out: the hash of its prompt, or of its index if the prompt is empty."""
+    """A key for each sample that decides whether it is held out.
+
+    The hash of its prompt, or of its index if the prompt is empty.
+    """
     texts = [prompt or f"\0{index}" for prompt, index in zip(prompts, indices.tolist(), strict=True)]
     return np.array(
         [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts], dtype=np.uint64
@@ -21,7 +24,10 @@ def prompt_keys(prompts: list[str], indices: Rows) -> NDArray[np.uint64]:
 
 
 def held_out_mask(keys: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """True for about `share` of the samples, at least one if share > 0: those with the smallest keys; samples of one prompt stay together."""
+    """True for about `share` of the samples, at least one if share > 0: those with the smallest keys.
+
+    Samples of one prompt stay together.
+    """
     if share <= 0 or len(keys) == 0:
         return np.zeros(len(keys), dtype=np.bool_)
     target = max(1, round(share * len(keys)))
@@ -33,8 +39,9 @@ def epoch_batches(
 ) -> NDArray[np.int64]:
     """Global batches of one epoch, as positions into the given rows: [batches, batch_size].
 
-    Shards are shuffled and taken `shuffle_shards` at a time; rows are shuffled within that window, so no more shards have to be in memory at
-    once. A batch has one layout. What does not fill a batch goes over to the next window, and at the end of the epoch is left out.
+    Shards are shuffled and taken `shuffle_shards` at a time; rows are shuffled within that window, so no more shards
+    have to be in memory at once. A batch has one layout. What does not fill a batch goes over to the next window, and
+    at the end of the epoch is left out.
 
     Args:
         layouts: Layout number of each row.
@@ -62,7 +69,10 @@ def epoch_batches(
 
 
 def ordered_batches(layouts: Rows, *, batch_size: int, world_size: int) -> list[Rows]:
-    """Every row once, in order, in batches of one layout; a last batch is filled up from its own start to a multiple of the world size."""
+    """Every row once, in order, in batches of one layout.
+
+    A last batch is filled up from its own start to a multiple of the world size.
+    """
     batches = []
     for layout in np.unique(layouts):
         rows = np.flatnonzero(layouts == layout)

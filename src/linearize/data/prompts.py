@@ -1,12 +1,12 @@
 """Where prompts come from: the scenes grammar, a text file, a JSONL file, or a `datasets` dataset.
 
-A source answers for any range of sample indices, so that generation can stop, go on and grow: sample i always has the same prompt. Sources of
-finite length start over at their end; with another seed the same prompt gives another sample.
+A source answers for any range of sample indices, so that generation can stop, go on and grow: sample i always has the
+same prompt. Sources of finite length start over at their end; with another seed the same prompt gives another sample.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,7 +59,8 @@ class ListedPrompts:
         wrong = next((prompt for prompt in listed if not isinstance(prompt, str)), None)
         if wrong is not None:
             raise LinearizeError(
-                f"{origin} holds {wrong!r} where a text is expected: set prompts.key to the field that holds the prompt."
+                f"{origin} holds {wrong!r} where a text is expected: set prompts.key to the field that holds the "
+                "prompt."
             )
         self._listed = listed
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
@@ -105,13 +106,17 @@ def jsonl_prompts(*, path: str | None, key: str, **_: Any) -> PromptSource:
             listed.append(json.loads(line)[key])
         except (ValueError, KeyError, TypeError) as error:
             raise LinearizeError(
-                f"prompts.path={path} line {number} is no JSON object with the key {key!r}: mend the line or set prompts.key."
+                f"prompts.path={path} line {number} is no JSON object with the key {key!r}: mend the line or set "
+                "prompts.key."
             ) from error
     return ListedPrompts(listed, Path(str(path)).name, "jsonl")
 
 
 def dataset_prompts(*, path: str | None, key: str, split: str, **_: Any) -> PromptSource:
-    """A dataset that `datasets` loads: a folder or a file of it (JSON, CSV, Parquet), or a name on the hub; the prompt is the column `key`."""
+    """A dataset that `datasets` loads: a folder or a file of it (JSON, CSV, Parquet), or a name on the hub.
+
+    The prompt is the column `key`.
+    """
     import datasets
 
     if path is None:
@@ -128,18 +133,22 @@ def dataset_prompts(*, path: str | None, key: str, split: str, **_: Any) -> Prom
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise LinearizeError(
-            f"prompts.path={path} with prompts.split={split} does not load as a dataset ({first_line}): check the name, the split and the network."
+            f"prompts.path={path} with prompts.split={split} does not load as a dataset ({first_line}): check the "
+            "name, the split and the network."
         ) from error
     if key not in dataset.column_names:
         raise LinearizeError(f"prompts.key={key} is no column of {path}: use one of {', '.join(dataset.column_names)}.")
     return ListedPrompts(list(dataset[key]), local.name if local.exists() else path, "dataset")
 
 
-SOURCES = {"scenes": scene_prompts, "text": text_prompts, "jsonl": jsonl_prompts, "dataset": dataset_prompts}
+SOURCES: dict[str, Callable[..., PromptSource]] = {"scenes": scene_prompts, "text": text_prompts, "jsonl": jsonl_prompts, "dataset": dataset_prompts}
 
 
 def prompt_source(config: Mapping[str, Any]) -> PromptSource:
-    """The source that a config describes: `source` and, as it needs them, `path`, `key`, `split`, `seed`, `num_objects`.
+    """The source that a config describes.
+
+    Args:
+        config: `source` and, as it needs them, `path`, `key`, `split`, `seed`, `num_objects`; see configs/prompts.
 
     Raises:
         LinearizeError: the source is unknown, or its file or dataset is missing, empty or malformed.

@@ -1,6 +1,7 @@
 """One Parquet shard: its name, its columns, how it is written whole and read back.
 
-A shard holds the samples of one range of indices. Every tensor is three columns: its raw bytes (`latents`), `latents_shape` and `latents_dtype`.
+A shard holds the samples of one range of indices. Every tensor is three columns: its raw bytes (`latents`),
+`latents_shape` and `latents_dtype`.
 """
 
 import re
@@ -95,7 +96,10 @@ def write_shard(
         columns[f"{name}_dtype"] = pa.array([dtype] * len(values), pa.string())
     target = Path(folder) / ShardRange(rows[0]["index"], rows[-1]["index"] + 1).file_name
     with atomic_file(target) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd", write_page_checksum=True)
+        repeating = [name for name in columns if name not in tensors]
+        pq.write_table(
+            pa.table(columns), temporary, compression="zstd", use_dictionary=repeating, write_page_checksum=True
+        )
     for stale in target.parent.glob(f".{target.name}.*.tmp"):
         stale.unlink(missing_ok=True)
 

@@ -33,7 +33,8 @@ class SampleStore:
         """Opens a store.
 
         Args:
-            folders: Folders that `generate_samples` wrote; where indices are there twice, the first folder's samples count.
+            folders: Folders that `generate_samples` wrote; where indices are there twice, the first folder's samples
+                count.
             num_samples: Take the samples with the smallest indices only.
             cached_shards: How many shards stay in memory.
 
@@ -105,8 +106,8 @@ class SampleStore:
         """A batch for training, of samples of one layout.
 
         Returns:
-            {"latents": [batch, channels, height, width], "prompt_embeds": [batch, tokens, dim], "pooled_prompt_embeds": [batch, dim],
-            "guidance": [batch], "index": [batch], "prompt": list of str}
+            {"latents": [batch, channels, height, width], "prompt_embeds": [batch, tokens, dim], "pooled_prompt_embeds":
+            [batch, dim], "guidance": [batch], "index": [batch], "prompt": list of str}
         """
         rows = [self.row(position) for position in positions]
         tensors = {name: torch.stack([row[name] for row in rows]) for name in self.tensor_names}
@@ -120,11 +121,13 @@ class SampleStore:
 def _read_description(folder: Path) -> dict[str, Any]:
     if not (folder / DESCRIPTION).is_file():
         raise LinearizeError(
-            f"{folder} is no store of samples (it has no {DESCRIPTION}): run scripts/generate_data.py out={folder}, or set data=generated."
+            f"{folder} is no store of samples (it has no {DESCRIPTION}): run scripts/generate_data.py out={folder}, "
+            "or set data=generated."
         )
     description = read_json(folder / DESCRIPTION)
     if description.get("format") != FORMAT:
         raise LinearizeError(
-            f"{folder} has the format {description.get('format')} and this version reads {FORMAT}: generate the samples again."
+            f"{folder} has the format {description.get('format')} and this version reads {FORMAT}: generate the "
+            "samples again."
         )
     return description
