@@ -132,7 +132,7 @@ def resolve_plan(rules: Iterable[Mapping[str, Any]], site_names: Sequence[str]) 
         globs = [globs] if isinstance(globs, str) else list(globs)
         check_arguments(name, arguments)
         described = f"{name!r} in {', '.join(globs)}"
-        matched = _match(globs, site_names)
+        matched = match_layers(globs, site_names)
         for site in matched:
             if site in owners:
                 raise LinearizeError(
@@ -143,7 +143,12 @@ def resolve_plan(rules: Iterable[Mapping[str, Any]], site_names: Sequence[str]) 
     return plan
 
 
-def _match(globs: Sequence[str], site_names: Sequence[str]) -> list[str]:
+def match_layers(globs: Sequence[str], site_names: Sequence[str]) -> list[str]:
+    """The sites that any of the globs matches, in the order of `site_names`.
+
+    Raises:
+        LinearizeError: A glob matches nothing.
+    """
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in site_names):
             raise LinearizeError(f"layers glob {glob!r} matches none of the sites {', '.join(site_names)}")
@@ -189,6 +194,12 @@ def share_student(teacher: nn.Module, plan: Iterable[Mapping[str, Any]]) -> nn.M
         copied = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
         student.get_submodule(owner).register_parameter(leaf, copied)
     return student
+
+
+def surgery_report(student: nn.Module, layout: Layout | None = None) -> SurgeryReport:
+    """What surgery did to a student; operations are counted at an ordinary picture unless a layout is given."""
+    backbone = find_backbone(student)
+    return _report(backbone, student, student.config["linearize_plan"], layout or backbone.reference_layout(student))
 
 
 def _report(backbone: Backbone, transformer: nn.Module, plan: Plan, layout: Layout) -> SurgeryReport:
