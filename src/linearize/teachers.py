@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,21 @@ def _check_weights(folder: Path) -> None:
             ) from error
 
 
+def _read_pipeline(pipeline_class: Any, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        with warnings.catch_warnings():
+            # Newer versions call it `dtype`, older ones know no other name than this.
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+            return pipeline_class.from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise LinearizeError(
+            f"{folder} does not load as a pipeline ({first_line}): copy or download it again."
+        ) from error
+
+
 def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> Teacher:
     if not (folder / "model_index.json").is_file():
         raise LinearizeError(
@@ -198,16 +214,7 @@ def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.
     backbone = _backbone_of(read_json(folder / "model_index.json"), str(folder))
     _check_weights(folder)
     digest = weight_hash(folder / "transformer")
-    try:
-        pipeline_class: Any = backbone.pipeline_class
-        pipeline = pipeline_class.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise LinearizeError(
-            f"{folder} does not load as a pipeline ({first_line}): copy or download it again."
-        ) from error
+    pipeline = _read_pipeline(backbone.pipeline_class, folder, dtype)
     missing = [key for key, parameter in pipeline.transformer.named_parameters() if parameter.is_meta]
     if missing:
         raise LinearizeError(

@@ -1,4 +1,4 @@
-"""The order of samples: complete, of one layout per batch, alike on any number of ranks, and continued from any batch."""
+"""The order of samples: complete, one layout per batch, alike on any number of ranks, continued from any batch."""
 
 import numpy as np
 import pytest

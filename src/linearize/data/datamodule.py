@@ -209,6 +209,10 @@ class SampleDataModule(lightning.LightningDataModule):
         own = [self.val_rows[batch.reshape(world_size, -1)[rank]] for batch in batches]
         return _load(self.store, own, self._num_workers) if own else []
 
+    def held_out_prompts(self, number: int) -> list[str]:
+        """The first held-out prompts, as many as asked for or as there are."""
+        return [self.store.row(position)["prompt"] for position in self.val_rows[:number]]
+
     def state_dict(self) -> dict[str, int]:
         """The position in the training batches."""
         return {"next_batch": self._next_batch if self._train is None else self._train.next_batch}

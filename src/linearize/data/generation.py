@@ -112,6 +112,7 @@ def _guidance_values(guidance: float | Mapping[str, Any]) -> tuple[float, ...]:
         raise LinearizeError(
             f"generation.guidance_scale={guidance} is no range: use a number or {{low, high, num_values}}."
         )
+    require_positive("generation.guidance_scale.num_values", guidance["num_values"])
     return tuple(float(value) for value in np.linspace(guidance["low"], guidance["high"], guidance["num_values"]))
 
 

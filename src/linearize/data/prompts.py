@@ -141,7 +141,12 @@ def dataset_prompts(*, path: str | None, key: str, split: str, **_: Any) -> Prom
     return ListedPrompts(list(dataset[key]), local.name if local.exists() else path, "dataset")
 
 
-SOURCES: dict[str, Callable[..., PromptSource]] = {"scenes": scene_prompts, "text": text_prompts, "jsonl": jsonl_prompts, "dataset": dataset_prompts}
+SOURCES: dict[str, Callable[..., PromptSource]] = {
+    "scenes": scene_prompts,
+    "text": text_prompts,
+    "jsonl": jsonl_prompts,
+    "dataset": dataset_prompts,
+}
 
 
 def prompt_source(config: Mapping[str, Any]) -> PromptSource:
