@@ -8,18 +8,20 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from linearize.data.datamodule import SampleDataModule
 from linearize.data.ensure import ensure_samples
 from linearize.data.generation import GenerationSettings
 from linearize.data.prompts import PromptSource, prompt_source
 from linearize.errors import LinearizeError
 from linearize.teachers import Teacher, load_teacher
+
+if TYPE_CHECKING:
+    from linearize.data.datamodule import SampleDataModule
 
 ROOT_VARIABLE = "LINEARIZE_ROOT"
 
@@ -85,8 +87,10 @@ def build_prompts(prompts: DictConfig, root: str | Path) -> PromptSource:
     return prompt_source(arguments)
 
 
-def build_data(config: DictConfig, teacher: Teacher, *, progress: bool = True) -> SampleDataModule:
+def build_data(config: DictConfig, teacher: Teacher, *, progress: bool = True) -> "SampleDataModule":
     """The samples that `config.data` asks for, generated as far as they are missing; see configs/data."""
+    from linearize.data.datamodule import SampleDataModule  # Lightning takes seconds to import, training alone needs it
+
     data, (rank, world_size) = config.data, process_place()
     folders = ensure_samples(
         teacher,
