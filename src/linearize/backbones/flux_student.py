@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from linearize.backbones.plan import Plan, match_dtype_and_device, mixers_for_plan, preferred_order
 from linearize.backbones.position_ids import grids_from_ids
+from linearize.backbones.saving import StudentSaving
 from linearize.errors import LinearizeError
 from linearize.layout import TILE, Layout
 from linearize.mixers import AttentionShape, Mixer, MixerContext
@@ -168,7 +169,7 @@ def rotary_angles(positions: Tensor, dim: int, axes_dim: tuple[int, ...], theta:
     return torch.cat(angles, dim=-1)
 
 
-class LinearFluxTransformer2DModel(FluxTransformer2DModel):
+class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
     """FLUX's transformer with mixers, a stock component of any FLUX pipeline.
 
     The config entry `linearize_plan` says which site has which mixer: [{"layers": [...], "mixer": name, "arguments": {...}}]. All other

@@ -1,0 +1,210 @@
+"""Students as pipeline folders: written whole by `export_student`, read back by `load_pipeline`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from linearize.backbones import Backbone, all_backbones
+from linearize.backbones.saving import empty_student
+from linearize.errors import LinearizeError
+from linearize.files import atomic_folder, read_json, require_disk_space, write_json, write_text
+from linearize.mixers import mixer_class
+from linearize.model_card import model_card
+
+FORMS = ("local", "standalone")
+LIBRARIES = ("diffusers", "transformers", "linearize")
+# What a damaged folder makes diffusers, transformers and safetensors raise.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+
+
+def export_student(
+    pipeline: DiffusionPipeline,
+    folder: str | Path,
+    *,
+    form: str = "local",
+    summary: dict[str, Any] | None = None,
+    max_shard_size: str = "10GB",
+) -> Path:
+    """Writes a pipeline whose transformer is a student as a folder that diffusers loads, whole or not at all.
+
+    Trained tensors are kept in float32 while they train; they are stored in the dtype of the rest of the transformer.
+
+    Args:
+        pipeline: A pipeline after `linearize`, or with a student as its transformer.
+        folder: Where to write; an older student there is replaced.
+        form: "local" is loaded by `linearize.load_pipeline(folder)`, or by `DiffusionPipeline.from_pretrained(folder)`
+            after `import linearize`. "standalone" is loaded by
+            `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` with no import, and is the form for a
+            model hub; the linearize package has to be installed all the same.
+        summary: The numbers of `summary.json`, for the model card.
+        max_shard_size: Weights are split into files of at most this size.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LinearizeError: the pipeline holds no student, the form is unknown, or the disk has no room.
+    """
+    if form not in FORMS:
+        raise LinearizeError(f"form={form!r} is unknown: use {' or '.join(FORMS)}.")
+    folder = Path(folder)
+    student = student_of(pipeline)
+    components = {**pipeline.components, "transformer": _storage_copy(student)}
+    require_disk_space(folder, sum(_num_bytes(part) for part in components.values() if isinstance(part, nn.Module)))
+    with atomic_folder(folder) as temporary:
+        type(pipeline)(**components).save_pretrained(temporary, max_shard_size=max_shard_size)
+        if form == "standalone":
+            _write_stub(temporary / "transformer", type(student).__name__)
+        write_text(temporary / "README.md", model_card(student, type(pipeline).__name__, form=form, summary=summary))
+    return folder
+
+
+def load_pipeline(folder: str | Path, *, dtype: torch.dtype | None = None, **arguments: Any) -> DiffusionPipeline:
+    """Loads an exported student, of either form, as the diffusers pipeline it is.
+
+    Args:
+        folder: What `export_student`, or `save_pretrained` of a linearized pipeline, wrote.
+        dtype: The dtype of all parts; None leaves it to diffusers, which means float32.
+        **arguments: For `from_pretrained` of the pipeline, such as `text_encoder_2=None`.
+
+    Raises:
+        LinearizeError: the folder is missing, damaged or holds no student, or asks for a mixer that does not exist.
+    """
+    folder = Path(folder).expanduser()
+    backbone = _backbone_of(folder)
+    _check_index(folder, backbone)
+    student = load_student(folder / "transformer", backbone, dtype=dtype)
+    pipeline_class: Any = backbone.pipeline_class
+    arguments = {"dtype": dtype, "use_safetensors": True, "local_files_only": True, **arguments}
+    try:
+        return pipeline_class.from_pretrained(folder, transformer=student, **arguments)
+    except LOADING_ERRORS as error:
+        raise _damaged(folder, error) from error
+
+
+def load_student(folder: str | Path, backbone: Backbone, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Loads the transformer of a student strictly: every tensor is there, none is left over, all shapes fit.
+
+    Raises:
+        LinearizeError: a tensor is missing, left over or of another shape, or a file is damaged.
+    """
+    folder = Path(folder)
+    _check_weights(folder)
+    try:
+        student_class: Any = backbone.student_class
+        student, report = student_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except LinearizeError:
+        raise
+    except LOADING_ERRORS as error:
+        raise _damaged(folder, error) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise LinearizeError(
+                f"{folder} does not fit its own config.json ({problem.replace('_', ' ')}: {report[problem][0]}): "
+                "the weights are of another mixer or base, so export the student again."
+            )
+    return student
+
+
+def student_of(pipeline: DiffusionPipeline) -> Any:
+    """The student in a pipeline, out of its compiled wrapper.
+
+    Raises:
+        LinearizeError: its transformer is no student.
+    """
+    transformer = getattr(pipeline, "transformer", None)
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    classes = tuple(backbone.student_class for backbone in all_backbones())
+    if not isinstance(transformer, classes):
+        raise LinearizeError(
+            f"The transformer of this pipeline is a {type(transformer).__name__}, which is no student: "
+            "call linearize.linearize(pipeline) first, or pass a pipeline with a trained student."
+        )
+    return transformer
+
+
+def _storage_copy(student: nn.Module) -> nn.Module:
+    """The same student on the same tensors, but for those of another dtype than most of it, which are cast."""
+    stored, state = empty_student(student), student.state_dict()
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    dtype = max(sizes, key=lambda kind: sizes[kind])
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    stored.load_state_dict(cast, strict=True, assign=True)
+    return stored
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+def _write_stub(folder: Path, class_name: str) -> None:
+    """Lets diffusers find the class by trust_remote_code: the pipeline by the file's name, AutoModel by auto_map."""
+    write_text(
+        folder / "linearize.py",
+        f'"""The class of this transformer; it needs `pip install linearize`."""\n\n'
+        f'from linearize import {class_name}\n\n__all__ = ["{class_name}"]\n',
+    )
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "auto_map": {"AutoModel": f"linearize.{class_name}"}})
+
+
+def _backbone_of(folder: Path) -> Backbone:
+    """The backbone of a student folder, after its plan has been found to name mixers of ours alone."""
+    if not (folder / "model_index.json").is_file():
+        raise LinearizeError(
+            f"{folder} is no pipeline folder (it has no model_index.json): give the student/ folder that a run or "
+            "export_student wrote."
+        )
+    config = read_json(folder / "transformer" / "config.json")
+    backbones = {backbone.student_class.__name__: backbone for backbone in all_backbones()}
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name not in backbones:
+        raise LinearizeError(
+            f"{folder} holds no student but a {name}: load it with diffusers, or give a folder with a "
+            f"{' or '.join(backbones)}."
+        )
+    plan = config.get("linearize_plan")
+    if not isinstance(plan, list) or not all(isinstance(rule, dict) and "mixer" in rule for rule in plan):
+        raise LinearizeError(f"{folder} has no plan of mixers in transformer/config.json: export the student again.")
+    for rule in plan:
+        mixer_class(rule["mixer"])
+    return backbones[name]
+
+
+def _check_index(folder: Path, backbone: Backbone) -> None:
+    """Refuses an index that would make diffusers look for a class anywhere but in known libraries."""
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != backbone.pipeline_class.__name__:
+        raise LinearizeError(
+            f"{folder} is a {index.get('_class_name')}, and a student of {backbone.name} is a "
+            f"{backbone.pipeline_class.__name__}: export it again from that pipeline."
+        )
+    for component, entry in index.items():
+        if isinstance(entry, list) and entry[0] is not None and entry[0] not in LIBRARIES:
+            raise LinearizeError(
+                f"{folder} takes its {component} from {entry[0]!r}, not from {', '.join(LIBRARIES)}: nothing else is "
+                "imported, so get the folder from a source that you trust."
+            )
+
+
+def _check_weights(folder: Path) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> LinearizeError:
+    first_line = str(error).strip().partition("\n")[0]
+    return LinearizeError(f"{path} is damaged or incomplete ({first_line}): copy it or export the student again.")
