@@ -118,7 +118,7 @@ def test_a_bfloat16_student_comes_back_bit_for_bit(tiny_flux_folder, tmp_path):
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     export_student(pipeline, tmp_path / "student")
-    loaded = load_pipeline(tmp_path / "student", dtype=torch.bfloat16)
+    loaded = load_pipeline(tmp_path / "student", torch_dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.transformer.parameters()} == {torch.bfloat16}
     assert draw(loaded) == expected
     stored = load_file(tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -130,6 +130,22 @@ def test_big_students_are_sharded(student, picture, tmp_path):
     folder = export_student(student, tmp_path / "student", max_shard_size="100KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
     assert draw(load_pipeline(folder)) == picture
+
+
+def test_a_student_without_text_encoders(student, tmp_path):
+    """A random full-size teacher has none; its student is drawn from embeddings."""
+    absent = dict.fromkeys(["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+    pipeline = FluxPipeline(**{**student.components, **absent})
+    loaded = load_pipeline(export_student(pipeline, tmp_path / "student"))
+    assert loaded.text_encoder is None and num_mixers(loaded) == NUM_SITES
+    generator = torch.Generator().manual_seed(0)
+    embeddings = {
+        "prompt_embeds": torch.randn(1, 16, 32, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, 32, generator=generator),
+    }
+    call = {**CALL, **embeddings, "prompt": None, "output_type": "pt"}
+    first, second = (one(**call, generator=torch.Generator().manual_seed(0)).images for one in (pipeline, loaded))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
 
 
 # Saved by anybody's save_pretrained

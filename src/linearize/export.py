@@ -63,12 +63,12 @@ def export_student(
     return folder
 
 
-def load_pipeline(folder: str | Path, *, dtype: torch.dtype | None = None, **arguments: Any) -> DiffusionPipeline:
+def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None, **arguments: Any) -> DiffusionPipeline:
     """Loads an exported student, of either form, as the diffusers pipeline it is.
 
     Args:
         folder: What `export_student`, or `save_pretrained` of a linearized pipeline, wrote.
-        dtype: The dtype of all parts; None leaves it to diffusers, which means float32.
+        torch_dtype: The dtype of all parts; None leaves it to diffusers, which means float32.
         **arguments: For `from_pretrained` of the pipeline, such as `text_encoder_2=None`.
 
     Raises:
@@ -76,10 +76,10 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype | None = None, **arg
     """
     folder = Path(folder).expanduser()
     backbone = _backbone_of(folder)
-    _check_index(folder, backbone)
-    student = load_student(folder / "transformer", backbone, dtype=dtype)
+    absent = dict.fromkeys(_absent_components(folder, backbone))
+    student = load_student(folder / "transformer", backbone, dtype=torch_dtype)
     pipeline_class: Any = backbone.pipeline_class
-    arguments = {"dtype": dtype, "use_safetensors": True, "local_files_only": True, **arguments}
+    arguments = {**absent, "dtype": torch_dtype, "use_safetensors": True, "local_files_only": True, **arguments}
     try:
         return pipeline_class.from_pretrained(folder, transformer=student, **arguments)
     except LOADING_ERRORS as error:
@@ -180,8 +180,12 @@ def _backbone_of(folder: Path) -> Backbone:
     return backbones[name]
 
 
-def _check_index(folder: Path, backbone: Backbone) -> None:
-    """Refuses an index that would make diffusers look for a class anywhere but in known libraries."""
+def _absent_components(folder: Path, backbone: Backbone) -> list[str]:
+    """Components that the pipeline was saved without, which diffusers wants to be told.
+
+    Raises:
+        LinearizeError: the index would make diffusers look for a class anywhere but in known libraries.
+    """
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != backbone.pipeline_class.__name__:
         raise LinearizeError(
@@ -194,6 +198,7 @@ def _check_index(folder: Path, backbone: Backbone) -> None:
                 f"{folder} takes its {component} from {entry[0]!r}, not from {', '.join(LIBRARIES)}: nothing else is "
                 "imported, so get the folder from a source that you trust."
             )
+    return [component for component, entry in index.items() if isinstance(entry, list) and entry[0] is None]
 
 
 def _check_weights(folder: Path) -> None:
