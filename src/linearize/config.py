@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from linearize.data.datamodule import SampleDataModule
 
 ROOT_VARIABLE = "LINEARIZE_ROOT"
+INTERRUPTED = 130
 
 
 def register_resolvers(root: str | Path | None = None) -> None:
@@ -40,7 +41,7 @@ def register_resolvers(root: str | Path | None = None) -> None:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Prints a user's mistake as one sentence and exits with 2.
+    """Prints a user's mistake as one sentence and exits with 2; after Ctrl-C it exits with 130.
 
     In a Hydra multirun the exception goes on to the sweeper.
     """
@@ -51,6 +52,9 @@ def user_errors() -> Iterator[None]:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{stop if str(stop) else 'Stopped.'}\n")
+        sys.exit(INTERRUPTED)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -24,8 +24,8 @@ class SiteCall:
 class SiteCapture:
     """Records attention outputs, and whole calls, of chosen sites.
 
-    Hooks stay on the modules, so that compiled blocks contain them, but they record only inside `recording()`. The recomputation of
-    gradient checkpointing happens in the backward pass, outside of it, and therefore stores nothing a second time.
+    Hooks stay on the modules, so that compiled blocks contain them, but they record only inside `recording()`. Gradient
+    checkpointing recomputes in the backward pass, outside of it, and therefore stores nothing a second time.
 
     Args:
         sites: All sites of one transformer by name.
@@ -43,7 +43,7 @@ class SiteCapture:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[tuple[dict[str, Tensor], dict[str, SiteCall]]]:
-        """Within the block, forward passes fill the two dictionaries that it yields: attention outputs and calls, by site."""
+        """Within the block, forward passes fill what it yields: attention outputs by site, and calls by site."""
         self._attention, self._calls = {}, {}
         try:
             yield self._attention, self._calls

@@ -1,4 +1,4 @@
-"""Training checkpoints as one safetensors file: tensors as tensors, everything else as JSON in its header; nothing is ever unpickled."""
+"""Training checkpoints as one safetensors file: tensors as tensors, all else as JSON in its header, no pickles."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def flatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
     """Returns `tree` as JSON, with its tensors moved to `tensors` and referred to by name.
 
     Raises:
-        TypeError: the tree holds something that is neither a tensor, an array, a number, a string, nor a container of these.
+        TypeError: it holds what is neither a tensor, an array, a number, a string, nor a container of these.
     """
     if isinstance(tree, Tensor | np.ndarray):
         name = f"{len(tensors):06d}"
@@ -67,7 +67,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise LinearizeError(f"The checkpoint {path} does not exist: set resume=last, or resume=<path of a checkpoint>.")
+        raise LinearizeError(
+            f"The checkpoint {path} does not exist: set resume=last, or resume=<path of a checkpoint>."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {})[_HEADER]
@@ -95,7 +97,9 @@ class SafetensorsCheckpointIO(CheckpointIO):
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata={_HEADER: json.dumps(tree)})
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Reads a checkpoint on the CPU, whatever `map_location`: Lightning moves each part to its device."""
         return read_checkpoint(path)
 

@@ -18,9 +18,11 @@ class Observation:
         target: noise - x_0, [batch, channels, height, width].
         teacher_velocity: The teacher's prediction, same shape.
         student_velocity: The student's prediction, same shape.
-        teacher_attention: Attention outputs by site, before the output projection, [batch, tokens, channels], image tokens in raster order.
+        teacher_attention: Attention outputs by site, before the output projection, [batch, tokens, channels], image
+            tokens in raster order.
         student_attention: Same, of the student on its own activations.
-        transfer: (student, teacher) outputs by site, when the student's layer is given the teacher's inputs; [batch, tokens, channels].
+        transfer: (student, teacher) outputs by site, when the student's layer is given the teacher's inputs;
+            [batch, tokens, channels].
     """
 
     target: Tensor
@@ -51,7 +53,9 @@ class LossTerm:
 
     def __init__(self, weight: float = 1.0) -> None:
         if weight < 0:
-            raise LinearizeError(f"A loss weight of {weight} is negative: give 0 to switch a term off, or a positive number.")
+            raise LinearizeError(
+                f"A loss weight of {weight} is negative: give 0 to switch a term off, or a positive number."
+            )
         self.weight = weight
 
     def __call__(self, seen: Observation) -> Tensor:
@@ -70,7 +74,7 @@ class FlowMatching(LossTerm):
 
 
 class Prediction(LossTerm):
-    """Student velocity against the teacher's velocity on the same noisy latents (CLEAR, arXiv 2412.16112, section 3.3)."""
+    """Student velocity against the teacher's on the same noisy latents (CLEAR, arXiv 2412.16112, section 3.3)."""
 
     needs_student = True
     needs_teacher = True
@@ -107,7 +111,7 @@ class AttentionOutput(LossTerm):
 
 
 class Transfer(LossTerm):
-    """Each layer alone, regressed on the teacher's own inputs and outputs ("attention transfer", LoLCATs, arXiv 2410.10254, section 3.2).
+    """Each layer alone, regressed on the teacher's own inputs and outputs (LoLCATs, arXiv 2410.10254, section 3.2).
 
     Every layer's error is divided by the mean square of the teacher's output, so that no layer outweighs the others.
 

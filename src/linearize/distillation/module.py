@@ -5,11 +5,12 @@ from typing import Any
 
 import lightning
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from linearize.backbones import find_backbone
+from linearize.backbones import Backbone, find_backbone
 from linearize.distillation.capture import SiteCapture, join_outputs
 from linearize.distillation.ema import ExponentialMovingAverage
 from linearize.distillation.losses import LossTerm, Observation
@@ -27,27 +28,27 @@ _NOT_CONDITIONING = ("latents", "prompt", "index")
 class DistillationModule(lightning.LightningModule):
     """Trains a student's mixers and attention projections against a frozen teacher.
 
-    The teacher runs as a student with softmax in every site, which shares each of its parameters with the stock transformer and computes
-    the same bits, so that both are looked into in the same way.
+    The teacher runs as a student with softmax in every site, which shares each of its parameters with the stock
+    transformer and computes the same bits, so that both are looked into in the same way.
 
     Args:
         teacher: The teacher's stock transformer, frozen.
-        student: What `share_student(teacher, plan)` returned. What trains is put in float32, the rest stays the teacher's own.
+        student: What `share_student(teacher, plan)` returned: what trains is float32, the rest the teacher's own.
         stages: One or more stages, run one after another; optimizer state, schedule and average start anew in each.
         optimizer: Makes the optimizer from a list of parameters.
         schedule: Learning-rate factor of (steps done in the stage, steps of the stage).
         sigma: Distribution of noise levels.
         seed: Seed of noise and noise levels.
         ema_decay: Decay of the average of what trains; 0 evaluates and exports the plain weights.
-        gradient_checkpointing: Recomputes the student's blocks in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: Recomputes the student's blocks in the backward pass: less memory, more time.
         compile_backend: Backend for torch.compile of the blocks ("inductor"); None runs them eagerly.
         identity: What a checkpoint must agree with to be resumed, by name, for example the teacher's weight hash. JSON.
     """
 
     def __init__(
         self,
-        teacher: nn.Module,
-        student: nn.Module,
+        teacher: ModelMixin,
+        student: ModelMixin,
         *,
         stages: Sequence[Stage],
         optimizer: Callable[[list[nn.Parameter]], Optimizer],
@@ -60,14 +61,12 @@ class DistillationModule(lightning.LightningModule):
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # a checkpoint holds what trains and nothing else; resume.py checks that it holds all of that
-        self.backbone = find_backbone(student)
-        self.teacher = share_student(teacher, []).eval().requires_grad_(False)
+        # A checkpoint holds what trains and nothing else; resume.py checks that it holds all of that.
+        self.strict_loading = False
+        self.backbone: Backbone = find_backbone(student)
+        self.teacher = share_student(teacher, []).eval()
         self.student = student
         self.trained = trained_parameters(student)
-        for parameter in self.trained.values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
         self.ema = ExponentialMovingAverage(self.trained, ema_decay)
         self.stages = list(stages)
         self.make_optimizer, self.schedule = optimizer, schedule
@@ -77,7 +76,7 @@ class DistillationModule(lightning.LightningModule):
         self._rng: dict[str, Any] | None = None
         self._attach_captures()
         if gradient_checkpointing:
-            self.student.enable_gradient_checkpointing()
+            student.enable_gradient_checkpointing()
         if compile_backend is not None:
             self.student.compile_repeated_blocks(backend=compile_backend)
             self.teacher.compile_repeated_blocks(backend=compile_backend)
@@ -159,7 +158,10 @@ class DistillationModule(lightning.LightningModule):
             seen.student_attention = {name: outputs[name] for name in attention}
         if transfer:
             seen.transfer = {
-                name: (join_outputs(self._sites[name](*calls[name].arguments, **calls[name].keywords)), calls[name].output)
+                name: (
+                    join_outputs(self._sites[name](*calls[name].arguments, **calls[name].keywords)),
+                    calls[name].output,
+                )
                 for name in transfer
             }
         return {name: term(seen) for name, term in terms.items()}
@@ -185,7 +187,7 @@ class DistillationModule(lightning.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Logs val/velocity_error: |v_student - v_teacher|^2 / |v_teacher|^2 on held-out samples.
 
-        Noise and noise level are functions of the sample's index, so that every run and every step is measured on the same.
+        Noise and noise level are functions of the sample's index: every run and every step is measured on the same.
         """
         indices = _indices(batch)
         noise, _ = draw_noise(batch["latents"], [("validation", index) for index in indices], self.sigma)

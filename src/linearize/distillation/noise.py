@@ -34,7 +34,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """Sigma whose logit is normal: the middle noise levels more often (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
+    """Sigma whose logit is normal: the middle noise levels more often (SD3, arXiv 2403.03206, section 3.1)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -46,7 +46,7 @@ class LogitNormal:
 
 @dataclass(frozen=True)
 class Shifted:
-    """Uniform sigma moved towards noise, sigma' = shift sigma / (1 + (shift - 1) sigma) (arXiv 2403.03206, section 5.3.2)."""
+    """Uniform sigma moved to shift sigma / (1 + (shift - 1) sigma) (SD3, arXiv 2403.03206, section 5.3.2)."""
 
     shift: float = 3.0
 
@@ -56,9 +56,7 @@ class Shifted:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
 
-def draw_noise(
-    latents: Tensor, keys: Sequence[tuple[int | str, ...]], sampler: SigmaSampler
-) -> tuple[Tensor, Tensor]:
+def draw_noise(latents: Tensor, keys: Sequence[tuple[int | str, ...]], sampler: SigmaSampler) -> tuple[Tensor, Tensor]:
     """Draws noise and a noise level for each sample of a batch.
 
     Args:

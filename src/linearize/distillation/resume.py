@@ -36,7 +36,9 @@ def take_student_state(module: "DistillationModule", checkpoint: dict[str, Any])
     """
     state = checkpoint.get("linearize")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise LinearizeError("The checkpoint was not written by this version of linearize's training: start again without resume.")
+        raise LinearizeError(
+            "The checkpoint was not written by this version of linearize's training: start again without resume."
+        )
     for name, mine in module.identity.items():
         theirs = state["identity"].get(name)
         if theirs != mine:
@@ -54,7 +56,9 @@ def _check_shapes(module: "DistillationModule", weights: dict[str, Any], average
     found = {name.removeprefix("student."): value.shape for name, value in weights.items()}
     averaged = {name: value.shape for name, value in average.items()}
     if wanted != found or wanted != averaged:
-        differing = sorted(name for name in wanted | found if not wanted.get(name) == found.get(name) == averaged.get(name))
+        differing = sorted(
+            name for name in wanted | found if not wanted.get(name) == found.get(name) == averaged.get(name)
+        )
         raise LinearizeError(
             f"The checkpoint does not fit this student ({len(differing)} tensors differ, first {differing[0]}): "
             "start again without resume."
@@ -65,7 +69,9 @@ def _check_steps(module: "DistillationModule", stages: dict[str, int], step: int
     mine = {stage.name: stage.num_steps for stage in module.stages}
     total, before = sum(mine.values()), sum(stages.values())
     if step > total:
-        raise LinearizeError(f"The checkpoint is at step {step}, past trainer.max_steps={total}: raise trainer.max_steps.")
+        raise LinearizeError(
+            f"The checkpoint is at step {step}, past trainer.max_steps={total}: raise trainer.max_steps."
+        )
     if mine != stages:
         _log.warning(
             "The checkpoint was trained for %d steps and this run has %d (stages %s, before %s): "
@@ -85,7 +91,7 @@ def _short(value: Any) -> str:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of the global random number generators. Training draws from seeded generators of its own; callbacks and users may not."""
+    """State of the global generators: training draws from seeded ones of its own, callbacks of a user may not."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
@@ -123,12 +129,16 @@ def find_checkpoint(resume: str | None, run_dir: Path, root: Path) -> Path | Non
         path = Path(resume).expanduser()
         path = path / "checkpoints" / f"last{SUFFIX}" if path.is_dir() else path
         if not path.is_file():
-            raise LinearizeError(f"resume={resume} is no checkpoint: set resume=last, or the path of a *{SUFFIX} checkpoint.")
+            raise LinearizeError(
+                f"resume={resume} is no checkpoint: set resume=last, or the path of a *{SUFFIX} checkpoint."
+            )
         return path
     own = run_dir / "checkpoints" / f"last{SUFFIX}"
     if own.is_file():
         return own
     found = sorted(root.glob(f"**/checkpoints/last{SUFFIX}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise LinearizeError(f"resume=last finds no checkpoint in {run_dir} or under {root}: start without resume, or give its path.")
+        raise LinearizeError(
+            f"resume=last finds no checkpoint in {run_dir} or under {root}: start without resume, or give its path."
+        )
     return found[-1]

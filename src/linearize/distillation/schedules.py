@@ -15,7 +15,7 @@ def constant(step: int, num_steps: int, *, num_warmup_steps: int = 0) -> float:
 
 
 def cosine(step: int, num_steps: int, *, num_warmup_steps: int = 0, final_factor: float = 0.1) -> float:
-    """A linear warm-up, then half a cosine down to `final_factor` at the last step (see `constant` for the arguments)."""
+    """A linear warm-up, then half a cosine down to `final_factor` at the last step; arguments as for `constant`."""
     progress = min(1.0, step / max(1, num_steps))
     decay = final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
     return decay * _warmup(step, num_steps, num_warmup_steps)

@@ -23,7 +23,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         if not any(term.weight > 0 for term in self.terms.values()):
-            raise LinearizeError(f"The loss of stage {self.name} has no term with a weight above 0: give one, or set loss=clear.")
+            raise LinearizeError(
+                f"The loss of stage {self.name} has no term with a weight above 0: give one, or set loss=clear."
+            )
 
 
 def allot_steps(stages: Mapping[str, int | None], max_steps: int) -> dict[str, int]:
@@ -42,9 +44,13 @@ def allot_steps(stages: Mapping[str, int | None], max_steps: int) -> dict[str, i
     fixed = {name: steps for name, steps in stages.items() if steps is not None}
     negative = [name for name, steps in fixed.items() if steps < 0]
     if negative:
-        raise LinearizeError(f"stages.{negative[0]}={fixed[negative[0]]} is negative: give steps, 0 to skip it, or null for the rest.")
+        raise LinearizeError(
+            f"stages.{negative[0]}={fixed[negative[0]]} is negative: give steps, 0 to skip it, or null for the rest."
+        )
     if len(open_stages) > 1:
-        raise LinearizeError(f"The stages {' and '.join(open_stages)} both ask for the rest of the steps: set all but one to a number.")
+        raise LinearizeError(
+            f"The stages {' and '.join(open_stages)} both ask for the rest of the steps: set all but one to a number."
+        )
     rest = max_steps - sum(fixed.values())
     if rest < 0 or (rest > 0 and not open_stages):
         raise LinearizeError(
@@ -56,7 +62,7 @@ def allot_steps(stages: Mapping[str, int | None], max_steps: int) -> dict[str, i
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
-    """Returns the stage of an optimizer step, and how many steps of that stage came before it; past the end, the last stage."""
+    """Returns the stage of an optimizer step and how many of its steps came before; past the end, the last stage."""
     start = 0
     for stage in stages:
         if step < start + stage.num_steps:

@@ -14,8 +14,8 @@ from linearize.distillation.checkpoint import SUFFIX
 class Checkpointing(Callback):
     """Keeps `last` and, if asked, every k-th checkpoint.
 
-    Ctrl-C lets the current optimizer step end, writes `last` and stops the training; a second Ctrl-C stops at once. All ranks stop after
-    the same step.
+    Ctrl-C lets the current optimizer step end, writes `last` and stops the training; a second Ctrl-C stops at once.
+    All ranks stop after the same step.
 
     Args:
         folder: Where checkpoints go.
@@ -54,7 +54,7 @@ class Checkpointing(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Acts once after each optimizer step; between micro steps a checkpoint would lose the gradients summed so far."""
+        """Acts once after each optimizer step: between micro steps, gradients summed so far would be lost."""
         step = trainer.global_step
         if step == self._seen_step:
             return

@@ -10,15 +10,18 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
+from linearize.evaluation.paired import inference, with_transformer
 from linearize.evaluation.pictures import comparison_grid, save_png
 from linearize.teachers import Teacher
 
 
 class Pictures(Callback):
-    """Every so many steps, writes `step-<n>.png`: teacher | student | difference, one row a prompt. The student is its average (EMA).
+    """Every so many steps, writes `step-<n>.png`: teacher | student | difference, one row a prompt.
+
+    The student is its average (EMA).
 
     Args:
         teacher: The teacher's pipeline; its pictures are drawn once.
@@ -54,7 +57,7 @@ class Pictures(Callback):
         self.prompts = read_prompts(prompts_file)[:num_prompts] if prompts_file is not None else None
         self.num_prompts, self.seed = num_prompts, seed
         self.max_sequence_length = max_sequence_length
-        self.sampling = {
+        self.sampling: dict[str, Any] = {
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,
@@ -75,22 +78,21 @@ class Pictures(Callback):
     @rank_zero_only
     def _draw(self, trainer: lightning.Trainer, module: Any) -> None:
         prompts = self.prompts or trainer.datamodule.held_out_prompts(self.num_prompts)  # type: ignore[attr-defined]
-        stock = self.teacher.pipeline
-        pipeline = type(stock)(**{**stock.components, "transformer": module.student})
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            conditioning = self.teacher.encode(prompts, self.max_sequence_length)
-            if self._teacher_pictures is None:
-                self._teacher_pictures = self._sample(stock, conditioning)
-            with module.ema.applied():
-                student = self._sample(pipeline, conditioning)
+        conditioning = self.teacher.encode(prompts, self.max_sequence_length)
+        if self._teacher_pictures is None:
+            self._teacher_pictures = self._sample(self.teacher.pipeline.transformer, conditioning)
+        with module.ema.applied():
+            student = self._sample(module.student, conditioning)
         grid = comparison_grid({"teacher": self._teacher_pictures, "student": student}, prompts)
         save_png(grid, self.folder / f"step-{trainer.global_step:07d}.png")
         log_picture(trainer, grid)
 
-    def _sample(self, pipeline: Any, conditioning: dict[str, Tensor]) -> Tensor:
-        backbone = self.teacher.backbone
+    def _sample(self, transformer: nn.Module, conditioning: dict[str, Tensor]) -> Tensor:
+        backbone, pipeline = self.teacher.backbone, with_transformer(self.teacher.pipeline, transformer)
         seeds = [self.seed + row for row in range(len(conditioning["prompt_embeds"]))]
-        return backbone.decode(pipeline, backbone.sample(pipeline, conditioning, seeds=seeds, **self.sampling)).cpu()
+        with inference(transformer):
+            latents = backbone.sample(pipeline, conditioning, seeds=seeds, **self.sampling)
+        return backbone.decode(pipeline, latents).cpu()
 
 
 def log_picture(trainer: lightning.Trainer, picture: Image.Image) -> None:
@@ -113,7 +115,9 @@ def read_prompts(path: str | Path) -> Sequence[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LinearizeError(f"The prompts file {path} cannot be read ({error}): give a UTF-8 text file with a prompt a line.") from error
+        raise LinearizeError(
+            f"The prompts file {path} cannot be read ({error}): give a UTF-8 text file with a prompt a line."
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise LinearizeError(f"The prompts file {path} has no prompt: give a text file with a prompt a line.")

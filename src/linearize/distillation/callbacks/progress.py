@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from linearize.distillation.module import DistillationModule
+from linearize.distillation.stages import stage_at
+
 
 class Progress(ProgressBar):
     """Shows stage, step, loss, validation error, samples per second and time left; logs train/samples_per_second.
@@ -21,7 +24,8 @@ class Progress(ProgressBar):
         every_n_steps: Optimizer steps between two lines where there is no terminal.
 
     Attributes:
-        samples_per_second: Of the whole machine, from the median time of a step: validation, pictures and checkpoints do not count.
+        samples_per_second: Over all ranks, from the median time of a step, so that validation, pictures and checkpoints
+            do not count.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -72,7 +76,8 @@ class Progress(ProgressBar):
         self.samples_per_second = self._num_samples / statistics.median(self._seconds[-200:])
         self._step, self._time, self._num_samples = trainer.global_step, now, 0
         pl_module.log("train/samples_per_second", self.samples_per_second, batch_size=1)
-        self._show(trainer, pl_module.stage.name)  # type: ignore[union-attr, operator]
+        assert isinstance(pl_module, DistillationModule)
+        self._show(trainer, stage_at(pl_module.stages, self._step - 1)[0].name)
 
     def _show(self, trainer: lightning.Trainer, stage: str) -> None:
         metrics = trainer.callback_metrics

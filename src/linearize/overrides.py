@@ -1,0 +1,79 @@
+"""Tells a mistake on a Hydra command line in one sentence with the choices, instead of Hydra's page."""
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
+_MULTIRUN = {"-m", "--multirun"}
+
+
+@contextlib.contextmanager
+def override_errors(config_folder: str | Path, config_name: str) -> Iterator[None]:
+    """Prints what is wrong with the command line and exits with 2; in a multirun the exception goes on.
+
+    Args:
+        config_folder: Folder of the configs.
+        config_name: The top-level config of the entry point that runs inside the block.
+    """
+    # Without it Hydra prints the error itself and exits, and nobody else sees it.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        if _MULTIRUN & set(sys.argv):
+            raise
+        sys.stderr.write(f"error: {describe(error, Path(config_folder), config_name, sys.argv[1:])}\n")
+        sys.exit(2)
+
+
+def describe(error: Exception, config_folder: Path, config_name: str, arguments: Sequence[str]) -> str:
+    """One sentence about an error that Hydra raised for these command line arguments."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        close = difflib.get_close_matches(choice, error.options, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"{group}={choice} does not exist{hint}: choose {group}= one of {', '.join(error.options)}."
+    unknown = _UNKNOWN_KEY.search(str(error))
+    if unknown is not None:
+        config = _compose_without(unknown.group(1), config_folder, config_name, arguments)
+        return _describe_unknown_key(unknown.group(1), config)
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("See https://")]
+    return f"{'; '.join(lines)}: correct the command line, python {sys.argv[0]} --help shows the choices."
+
+
+def _compose_without(key: str, config_folder: Path, config_name: str, arguments: Sequence[str]) -> DictConfig | None:
+    """The config of the command line without `key`; None if something else is wrong with it too."""
+    overrides = [text for text in arguments if "=" in text and not text.startswith("-") and text.split("=")[0] != key]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder), version_base="1.3"):
+            return compose(config_name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
+def _describe_unknown_key(key: str, config: DictConfig | None) -> str:
+    parent, _, name = key.rpartition(".")
+    node = config if not parent or config is None else OmegaConf.select(config, parent)
+    known = [str(one) for one in node] if isinstance(node, DictConfig) else []
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {parent + '.' if parent else ''}{close[0]}?)" if close else ""
+    if parent and known:
+        return f"{key} is no setting{hint}: {parent} has {', '.join(known)}."
+    mixer = OmegaConf.to_container(config.mixer) if config is not None and "mixer" in config else None
+    if isinstance(mixer, dict):
+        knobs = ", ".join(str(knob) for knob in mixer if knob != "name") or "no knobs"
+        rest = f"python {sys.argv[0]} --help shows the rest"
+        return f"{key} is no setting{hint}: mixer={mixer['name']} has {knobs}, and {rest}."
+    return f"{key} is no setting{hint}: python {sys.argv[0]} --help shows what there is."

@@ -1,0 +1,243 @@
+"""Distils a student from a teacher, from the config to the exported folder: what train.py calls."""
+
+import logging
+import os
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from linearize.config import build_data, build_teacher, plain
+from linearize.data.datamodule import SampleDataModule
+from linearize.distillation.callbacks import Checkpointing, Progress
+from linearize.distillation.checkpoint import SafetensorsCheckpointIO
+from linearize.distillation.module import DistillationModule
+from linearize.distillation.resume import find_checkpoint
+from linearize.distillation.stages import Stage, allot_steps
+from linearize.errors import LinearizeError
+from linearize.evaluation.paired import with_transformer
+from linearize.evaluation.settings import EvaluationSettings
+from linearize.evaluation.summary import summarize_run
+from linearize.export import FORMS, export_student
+from linearize.scenes.judge import Judge
+from linearize.surgery import share_student, surgery_report
+from linearize.teachers import Teacher
+
+_PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+# From this width on cuDNN's attention is safe to train with; below it gave NaN (torch 2.11).
+_CUDNN_HEAD_DIM = 64
+_log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Runs one distillation and leaves summary.json, samples.png, student/, checkpoints/ and logs in `cfg.run_dir`.
+
+    Args:
+        cfg: The composed configs/train.yaml.
+
+    Returns:
+        The metrics by name ("val/velocity_error", "train/loss", ...), and "summary" where the run was evaluated.
+
+    Raises:
+        LinearizeError: a setting, the teacher, the samples or the checkpoint is wrong; the message says what to do.
+        KeyboardInterrupt: the user stopped the run; its message says where it can be taken up again.
+    """
+    _quieten()
+    lightning.seed_everything(cfg.seed, verbose=False)
+    cfg = resolve_precision(cfg)
+    stages, rules = build_stages(cfg), layer_rules(cfg)
+    settings = EvaluationSettings(**plain(cfg.evaluation))
+    if cfg.export is not None and cfg.export not in FORMS:
+        raise LinearizeError(f"export={cfg.export} is unknown: use {', '.join(FORMS)}, or null for none.")
+    checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir), Path(cfg.root) / "outputs")
+    teacher = build_teacher(cfg)
+    module = build_module(cfg, teacher, stages, rules)
+    is_first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+    if is_first:
+        Console().print(str(surgery_report(module.student)), highlight=False, soft_wrap=True)
+    data = build_data(cfg, teacher, progress=is_first)
+    metrics, training = fit(cfg, teacher, data, module, checkpoint)
+    if is_first:
+        student = finished_student(module, teacher)
+        summary = evaluate_run(cfg, teacher, data, student, settings, training) if cfg.evaluate else None
+        if cfg.export is not None:
+            folder = Path(cfg.run_dir) / "student"
+            export_student(with_transformer(teacher.pipeline, student), folder, form=cfg.export, summary=summary)
+            _log.info("The student is in %s.", folder)
+        metrics["summary"] = summary
+    return metrics
+
+
+def resolve_precision(cfg: DictConfig) -> DictConfig:
+    """Returns the config with precision, and the teacher's dtype and device, made definite.
+
+    Raises:
+        LinearizeError: a precision that this project does not train in.
+    """
+    cfg = cast(DictConfig, OmegaConf.merge(cfg))
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if cfg.trainer.precision == "auto":
+        cfg.trainer.precision = "bf16-mixed" if on_gpu else "32-true"
+    if cfg.trainer.precision not in _PRECISIONS:
+        raise LinearizeError(
+            f"trainer.precision={cfg.trainer.precision} is unknown: use auto, {' or '.join(_PRECISIONS)}."
+        )
+    if cfg.teacher.dtype == "auto":
+        cfg.teacher.dtype = _PRECISIONS[cfg.trainer.precision]
+    if cfg.teacher.device == "auto" and not on_gpu:
+        cfg.teacher.device = "cpu"
+    return cfg
+
+
+def build_stages(cfg: DictConfig) -> list[Stage]:
+    """The stages of a config with their losses and steps; `transfer` takes cfg.transfer_loss, every other cfg.loss."""
+    steps = allot_steps(plain(cfg.stages), cfg.trainer.max_steps)
+    losses = {name: cfg.transfer_loss if name == "transfer" else cfg.loss for name in steps}
+    return [Stage(name, instantiate(losses[name], _convert_="all"), number) for name, number in steps.items()]
+
+
+def layer_rules(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The plan of a config: `plan` as it is, or one rule of `mixer` and `layers`.
+
+    Raises:
+        LinearizeError: `plan` is no list of rules.
+    """
+    if cfg.plan is None:
+        mixer = plain(cfg.mixer)
+        return [{"layers": list(cfg.layers), "mixer": mixer.pop("name"), **mixer}]
+    rules = OmegaConf.to_container(cfg.plan, resolve=True)
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) and "mixer" in rule for rule in rules):
+        raise LinearizeError(
+            f"plan={rules} is no list of rules: set plan=[{{layers: transformer_blocks.*, mixer: clear, window: 16}}]."
+        )
+    return cast(list[dict[str, Any]], rules)
+
+
+def build_module(
+    cfg: DictConfig, teacher: Teacher, stages: list[Stage], rules: list[dict[str, Any]]
+) -> DistillationModule:
+    """The LightningModule around a teacher and a student that shares its frozen tensors."""
+    transformer = teacher.pipeline.transformer
+    student = share_student(transformer, rules)
+    if (
+        min(teacher.backbone.shape(site).head_dim for site in teacher.backbone.sites(student).values())
+        < _CUDNN_HEAD_DIM
+    ):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return DistillationModule(
+        transformer,
+        student,
+        stages=stages,
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        schedule=instantiate(cfg.schedule),
+        sigma=instantiate(cfg.sigma),
+        seed=cfg.seed,
+        ema_decay=cfg.ema_decay,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        compile_backend=cfg.compile_backend,
+        identity={"teacher": f"{teacher.name} with weights {teacher.weight_hash[:12]}"},
+    )
+
+
+def fit(
+    cfg: DictConfig, teacher: Teacher, data: SampleDataModule, module: DistillationModule, checkpoint: Path | None
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Trains; returns the metrics, and what the training cost ("train_seconds", "samples_per_second").
+
+    Raises:
+        KeyboardInterrupt: the user stopped the training; everything is in the checkpoint.
+    """
+    callbacks = build_callbacks(cfg, teacher)
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=list(callbacks.values()),
+        logger=build_loggers(cfg),
+        plugins=[SafetensorsCheckpointIO()],
+        default_root_dir=cfg.run_dir,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        max_epochs=-1,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    training = {"train_seconds": time.perf_counter() - start}
+    for callback in callbacks.values():
+        if isinstance(callback, Progress) and callback.samples_per_second is not None:
+            training["samples_per_second"] = callback.samples_per_second
+        if isinstance(callback, Checkpointing) and callback.interrupted:
+            raise KeyboardInterrupt(
+                f"Stopped after step {trainer.global_step} of {trainer.max_steps}; to go on: the same command with "
+                f"resume={callback.last}"
+            )
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    if data.val_rows.size:
+        metrics |= trainer.validate(module, data, verbose=False)[0]
+    return metrics, training
+
+
+def build_callbacks(cfg: DictConfig, teacher: Teacher) -> dict[str, lightning.Callback]:
+    """The callbacks of a config by name; those that are `_partial_` are given the teacher."""
+    built = {}
+    for name, settings in cfg.callbacks.items():
+        callback = instantiate(settings)
+        built[str(name)] = callback(teacher) if isinstance(callback, partial) else callback
+    return built
+
+
+def build_loggers(cfg: DictConfig) -> list[Any]:
+    """The loggers of a config, told its hyper-parameters."""
+    loggers = [instantiate(settings) for settings in cfg.logger.values()]
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    return loggers
+
+
+def finished_student(module: DistillationModule, teacher: Teacher) -> torch.nn.Module:
+    """The student as it is exported: averaged weights, in the teacher's dtype, on the teacher's device."""
+    module.ema.swap()
+    for parameter in module.trained.values():
+        parameter.data = parameter.data.to(teacher.pipeline.transformer.dtype)
+        parameter.grad = None
+    device = teacher.pipeline.vae.device
+    teacher.pipeline.to(device)
+    return module.student.to(device).eval().requires_grad_(False)
+
+
+def evaluate_run(
+    cfg: DictConfig,
+    teacher: Teacher,
+    data: SampleDataModule,
+    student: torch.nn.Module,
+    settings: EvaluationSettings,
+    training: dict[str, float],
+) -> dict[str, Any]:
+    """Measures the student on held-out prompts: of the scenes grammar for the scenes teacher, else of its samples."""
+    scenes = cfg.teacher.hub_id is None and cfg.teacher.random is None and cfg.data.prompts.source == "scenes"
+    return summarize_run(
+        student,
+        teacher,
+        settings,
+        folder=cfg.run_dir,
+        judge=Judge.load(cfg.judge, teacher.pipeline.device) if scenes and cfg.judge is not None else None,
+        prompts=None if scenes else data.held_out_prompts(settings.num_prompts),
+        training=training,
+        reference_folder=cfg.reference_folder,
+    )
+
+
+def _quieten() -> None:
+    """Silences Lightning's advertisements, and warnings of what is meant: few workers, a teacher in evaluation mode."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*in eval mode at the start of training.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
