@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import (
+    AutoModel,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+)
 from safetensors.torch import load_file, save_file
 
 import linearize
@@ -21,11 +29,12 @@ from linearize.mounting import export_mixer, mount_mixer
 from linearize.surgery import trained_parameters
 
 CALL = {"prompt": "a red circle", "height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 16}
+CALL |= {"guidance_scale": 3.5}  # the ControlNet pipeline has another default
 LAYERS = ["transformer_blocks.*", "single_transformer_blocks.0.attn"]
 NUM_SITES = 3
 
 
-def draw(pipeline: DiffusionPipeline) -> str:
+def draw(pipeline: DiffusionPipeline, **extra: torch.Tensor) -> str:
     """The SHA-256 of one picture's floats: equal hashes are equal pictures, to the bit.
 
     Weights are copied first: sums on a CPU depend on the alignment of memory, and mapped files have their own.
@@ -35,7 +44,7 @@ def draw(pipeline: DiffusionPipeline) -> str:
         for parameter in part.parameters():
             parameter.data = parameter.data.clone()
     generator = torch.Generator().manual_seed(0)
-    image = pipeline(**CALL, generator=generator, output_type="pt").images.float()
+    image = pipeline(**CALL, **extra, generator=generator, output_type="pt").images.float()
     assert image.shape == (1, 3, 64, 96) and image.isfinite().all()
     return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
@@ -206,6 +215,25 @@ def test_lora_of_the_teacher_loads_fuses_and_unloads(student, picture):
         export_student(pipeline, "never_written")
     pipeline.unload_lora_weights()
     assert draw(pipeline) == picture
+
+
+def test_controlnet_made_from_the_student_runs_with_it(student, picture):
+    """Row O: a ControlNet starts with zero residuals, so the picture stays what it was."""
+    sizes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    controlnet = FluxControlNetModel.from_transformer(student.transformer, **sizes).eval()
+    parts = {name: part for name, part in student.components.items() if part is not None}
+    pipeline = FluxControlNetPipeline(**parts, controlnet=controlnet)
+    control = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    assert draw(pipeline, control_image=control) == picture
+
+
+def test_ip_adapter_is_refused_and_changes_nothing(student, picture):
+    """Row P: it would put softmax processors where the mixers are."""
+    pipeline = FluxPipeline(**student.components)
+    weights = {"image_proj": {"proj.weight": torch.zeros(8, 4)}, "ip_adapter": {"0.to_k_ip.weight": torch.zeros(8, 8)}}
+    with pytest.raises(LinearizeError, match="IP-Adapter"):
+        pipeline.load_ip_adapter(weights, weight_name="none", image_encoder_pretrained_model_name_or_path=None)
+    assert num_mixers(pipeline) == NUM_SITES and draw(pipeline) == picture
 
 
 # Fresh processes, with nothing but the wheel
