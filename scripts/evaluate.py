@@ -1,4 +1,4 @@
-"""Measures an exported student against its teacher: python scripts/evaluate.py student=<run dir>/student num_prompts=64."""
+"""Measures an exported student against its teacher: python scripts/evaluate.py student=<run dir>/student."""
 
 from pathlib import Path
 

@@ -12,4 +12,5 @@ if __name__ == "__main__":
         for page in write_reports(folder):
             print(page)
     except LinearizeError as error:
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

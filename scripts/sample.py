@@ -1,4 +1,4 @@
-"""Pictures of a student or a teacher: python scripts/sample.py student=<run dir>/student prompt="a large solid red star on a white background"."""
+"""Pictures of a student or a teacher: python scripts/sample.py student=<run dir>/student prompt="a text"."""
 
 from pathlib import Path
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from linearize.config import build_teacher
-from linearize.data.prompts import text_prompts
+from linearize.config import build_prompts, build_teacher
 from linearize.errors import LinearizeError
 from linearize.evaluation.pictures import save_png
 from linearize.export import load_pipeline
@@ -45,12 +44,12 @@ def sample(cfg: DictConfig) -> list[Path]:
 
 
 def _prompts(cfg: DictConfig) -> list[str]:
-    if (cfg.prompt is None) == (cfg.prompts is None):
-        raise LinearizeError('Give either prompt="a text" or prompts=<text file with one prompt a line>.')
     if cfg.prompt is not None:
         return [cfg.prompt]
-    source = text_prompts(path=cfg.prompts)
-    return source.prompts(0, source.description["num_prompts"])
+    if cfg.prompts.source != "scenes" and cfg.prompts.path is None:
+        raise LinearizeError('No prompt is given: set prompt="a text", or prompts.path=<file with one prompt a line>.')
+    source = build_prompts(cfg.prompts, cfg.root)
+    return source.prompts(0, cfg.num_prompts or source.description.get("num_prompts", 1))
 
 
 def _load(cfg: DictConfig) -> Any:
@@ -59,5 +58,7 @@ def _load(cfg: DictConfig) -> Any:
         return load_pipeline(cfg.student, torch_dtype=resolve_dtype(cfg.teacher.dtype, device)).to(device)
     teacher = build_teacher(cfg)
     if not teacher.has_text_encoder:
-        raise LinearizeError(f"teacher {teacher.name} has no text encoder and cannot be prompted: choose another teacher.")
+        raise LinearizeError(
+            f"teacher {teacher.name} has no text encoder and cannot be prompted: choose another teacher."
+        )
     return teacher.pipeline

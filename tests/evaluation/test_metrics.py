@@ -92,12 +92,16 @@ def test_frechet_distance_of_diagonal_gaussians_has_its_closed_form():
 
 def test_frechet_distance_of_rotated_gaussians_matches_the_symmetric_square_root():
     generator = torch.Generator().manual_seed(1)
-    first, second = (torch.randn(50, 4, 4, generator=generator, dtype=torch.float64).flatten(1)[:, :4] for _ in range(2))
+    first, second = (
+        torch.randn(50, 4, 4, generator=generator, dtype=torch.float64).flatten(1)[:, :4] for _ in range(2)
+    )
     second = second @ torch.randn(4, 4, generator=generator, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(first.T.cov())
     root = vectors @ values.sqrt().diag() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ second.T.cov() @ root).clamp(min=0).sqrt().sum()
-    expected = (first.mean(0) - second.mean(0)).square().sum() + first.T.cov().trace() + second.T.cov().trace() - 2 * cross
+    expected = (
+        (first.mean(0) - second.mean(0)).square().sum() + first.T.cov().trace() + second.T.cov().trace() - 2 * cross
+    )
     assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-9)
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
 

@@ -43,11 +43,13 @@ def picture_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_clip():
     """A random CLIP of eight channels with a real processor."""
-    tokenizer = build_clip_tokenizer("a red green blue circle square".split())
+    tokenizer = build_clip_tokenizer(["a", "red", "green", "blue", "circle", "square"])
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**sizes, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8))
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    )
     processor = CLIPProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer
     )
@@ -75,7 +77,7 @@ def test_wrong_real_data_is_told_in_one_sentence(picture_folder, tmp_path):
         open_real_data(RealData(str(tmp_path / "missing")))
     with pytest.raises(LinearizeError, match=r"no column 'picture'.*image"):
         open_real_data(RealData(str(picture_folder), image_column="picture"))
-    with pytest.raises(LinearizeError, match="real.clip_model=.*cannot be loaded"):
+    with pytest.raises(LinearizeError, match=r"real\.clip_model=.*cannot be loaded"):
         load_clip(str(tmp_path))
 
 
@@ -130,7 +132,9 @@ def test_all_models_are_measured_on_the_same_real_pictures(picture_folder, tiny_
         )
 
     found = measure()
-    real = torch.cat([pooled_features(batch) for batch in real_batches(open_real_data(data), data, 16, 24, batch_size=5)])
+    real = torch.cat(
+        [pooled_features(batch) for batch in real_batches(open_real_data(data), data, 16, 24, batch_size=5)]
+    )
     own = pooled_features((teacher * 255).round().to(torch.uint8))
     assert found["teacher"]["fid"] == pytest.approx(gaussian_distance(own, real), rel=1e-6)
     assert found["student"]["fid"] > found["teacher"]["fid"]

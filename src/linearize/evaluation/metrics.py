@@ -73,6 +73,7 @@ class GivenFeatures(nn.Module):
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
+        """The features as they are."""
         return features
 
 
@@ -90,7 +91,7 @@ def gaussian_distance(features: Tensor, references: Tensor) -> float:
 
 
 def frechet_distance(features: Tensor, references: Tensor) -> float | None:
-    """`gaussian_distance`, or None where either set has fewer than four samples a feature: their covariance says little."""
+    """`gaussian_distance`, or None where either set has fewer than four samples a feature: too few for a covariance."""
     if min(len(features), len(references)) < 4 * features.shape[1]:
         return None
     return gaussian_distance(features, references)

@@ -92,7 +92,10 @@ class PairedProtocol:
         """Pictures [prompts, 3, height, width] in [0, 1], float32 on the CPU."""
         device = self.teacher.pipeline.device
         with torch.no_grad():
-            parts = [self.teacher.backbone.decode(self.teacher.pipeline, latents[batch].to(device)).float().cpu() for batch in self.batches]
+            parts = [
+                self.teacher.backbone.decode(self.teacher.pipeline, latents[batch].to(device)).float().cpu()
+                for batch in self.batches
+            ]
         return torch.cat(parts).clamp(0, 1)
 
     def velocities(self, transformer: nn.Module, latents: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def comparison_grid(
     Args:
         columns: Pictures [rows, 3, height, width] in [0, 1] by title.
         captions: One per row.
-        difference: Two titles whose absolute difference, four times as bright, becomes a last column; None for no such column.
+        difference: Two titles whose absolute difference, four times as bright, becomes a last column; None for none.
 
     Raises:
         ValueError: a column has another number of pictures than there are captions.

@@ -1,4 +1,4 @@
-"""FID, KID, LPIPS and CLIP score against real pictures; needs the `eval` extra, and networks that are fetched when missing."""
+"""FID, KID, LPIPS and CLIP score against real pictures; needs the `eval` extra and networks that it fetches."""
 
 import dataclasses
 import importlib.util
@@ -72,7 +72,8 @@ def open_real_data(data: RealData) -> Any:
         ) from error
     if data.image_column not in dataset.column_names:
         raise LinearizeError(
-            f"real_data={data.path} has no column {data.image_column!r}: set real.image_column to one of {dataset.column_names}."
+            f"real_data={data.path} has no column {data.image_column!r}: "
+            f"set real.image_column to one of {', '.join(dataset.column_names)}."
         )
     return dataset.select(range(min(len(dataset), data.max_images)))
 
@@ -99,7 +100,9 @@ def inception_features(weights: str | None, device: torch.device) -> FeatureFunc
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     if weights is not None and not Path(weights).is_file():
-        raise LinearizeError(f"real.inception_weights={weights} is no file: give the path of the weights, or null to fetch them.")
+        raise LinearizeError(
+            f"real.inception_weights={weights} is no file: give the path of the weights, or null to fetch them."
+        )
     return NoTrainInceptionV3("inception-v3-compat", ["2048"], weights).to(device)
 
 
@@ -137,7 +140,9 @@ def real_data_metrics(
         results[name] = {
             "fid": gaussian_distance(own, references),
             "kid": kernel_distance(own, references),
-            "lpips_to_teacher": None if lpips is None else _lpips(lpips, pictures, images["teacher"], device, batch_size),
+            "lpips_to_teacher": None
+            if lpips is None
+            else _lpips(lpips, pictures, images["teacher"], device, batch_size),
             "clip_score": clip_score(clip, batches, prompts, device),
             "n": len(own),
             "n_real": len(references),
@@ -162,11 +167,11 @@ def kernel_distance(features: Tensor, references: Tensor) -> dict[str, float]:
 
 
 class _ClipFeatures(nn.Module):
-    """A CLIP model whose feature methods return tensors: transformers 5 wraps them, torchmetrics 1.9 expects them bare."""
+    """A CLIP model whose feature methods return bare tensors, as torchmetrics 1.9 wants; transformers 5 wraps them."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.config = model.config
 
     def get_image_features(self, *arguments: Tensor) -> Tensor:
@@ -180,7 +185,9 @@ def _bare(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def clip_score(clip: tuple[nn.Module, Any], batches: Sequence[Tensor], prompts: Sequence[str], device: torch.device) -> float:
+def clip_score(
+    clip: tuple[nn.Module, Any], batches: Sequence[Tensor], prompts: Sequence[str], device: torch.device
+) -> float:
     """CLIP score (Hessel et al. 2021), 100 times the mean cosine of picture and prompt, not below 0.
 
     Args:
@@ -213,7 +220,8 @@ def load_clip(name: str) -> tuple[nn.Module, Any]:
         return CLIPModel.from_pretrained(name, use_safetensors=True).eval(), CLIPProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise LinearizeError(
-            f"real.clip_model={name} cannot be loaded ({str(error).splitlines()[0]}): give the id or folder of a CLIP model."
+            f"real.clip_model={name} cannot be loaded ({str(error).splitlines()[0]}): "
+            "give the id or folder of a CLIP model."
         ) from error
 
 
@@ -224,7 +232,7 @@ def load_lpips(network: str, device: torch.device) -> nn.Module:
     choices = ("alex", "vgg", "squeeze")
     if network not in choices:
         raise LinearizeError(f"real.lpips_network={network!r} is not known: choose one of {', '.join(choices)}.")
-    return LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True).to(device)
+    return LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True).to(device)  # type: ignore[arg-type]
 
 
 def _lpips(metric: Any, images: Tensor, references: Tensor, device: torch.device, batch_size: int) -> float:

@@ -37,7 +37,9 @@ def reference_name(protocol: PairedProtocol) -> str:
     return f"{protocol.teacher.weight_hash[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
 
 
-def teacher_reference(protocol: PairedProtocol, folder: str | Path | None = None, *, save: bool = False) -> TeacherReference:
+def teacher_reference(
+    protocol: PairedProtocol, folder: str | Path | None = None, *, save: bool = False
+) -> TeacherReference:
     """Reads the teacher's samples where the folder has them, else samples them.
 
     Args:

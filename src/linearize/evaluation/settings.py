@@ -35,7 +35,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
-        for name in (
+        positive = (
             "num_prompts",
             "num_rows",
             "height",
@@ -43,17 +43,12 @@ class EvaluationSettings:
             "num_inference_steps",
             "max_sequence_length",
             "batch_size",
-        ):
+        )
+        for name in positive:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise LinearizeError(
-                    f"{name}={value} is no positive integer: give one, for example {name}={_default(name)}."
-                )
+                raise LinearizeError(f"{name}={value} is no positive integer: give {name}=1 or more.")
         if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
             raise LinearizeError(
                 f"sigmas={list(self.sigmas)} must be noise levels between 0 and 1, for example [0.1, 0.5, 0.9]."
             )
-
-
-def _default(name: str) -> int:
-    return next(field.default for field in dataclasses.fields(EvaluationSettings) if field.name == name)  # type: ignore[return-value]

@@ -99,9 +99,13 @@ def build_summary(
         "train_seconds": training.get("train_seconds"),
         "samples_per_second": training.get("samples_per_second"),
         "trainable_parameters": sum(parameter.numel() for parameter in trained_parameters(student).values()),
-        "plan": student.config.linearize_plan,
+        "plan": _plan(student),
         "teacher_source": {"name": teacher.name, "revision": teacher.revision, "weight_hash": teacher.weight_hash},
-        "settings": dataclasses.asdict(settings) | {"num_prompts": len(comparison.prompts)},
+        "settings": {
+            **dataclasses.asdict(settings),
+            "num_prompts": len(comparison.prompts),
+            "sigmas": list(settings.sigmas),
+        },
         "versions": versions(),
         "machine": machine(next(student.parameters()).device),
         "command": command(),
@@ -155,7 +159,7 @@ def untrained_student(teacher: "Teacher", student: nn.Module, seed: int) -> nn.M
     """What surgery makes of the teacher under the student's plan; it shares the teacher's frozen tensors."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return share_student(teacher.pipeline.transformer, student.config.linearize_plan)
+        return share_student(teacher.pipeline.transformer, _plan(student))
 
 
 def _teacher_numbers(
@@ -165,9 +169,7 @@ def _teacher_numbers(
     return {**_picture_numbers(images, second, protocol.prompts, judge), "velocity_error": 0.0}
 
 
-def _picture_numbers(
-    images: Tensor, references: Tensor, prompts: Sequence[str], judge: Judge | None
-) -> dict[str, Any]:
+def _picture_numbers(images: Tensor, references: Tensor, prompts: Sequence[str], judge: Judge | None) -> dict[str, Any]:
     scenes = scene_numbers(judge, images, prompts)
     distance = None
     if judge is not None:
@@ -178,6 +180,11 @@ def _picture_numbers(
         "psnr_to_teacher": mean_psnr(images, references),
         "frechet_distance": distance,
     }
+
+
+def _plan(student: Any) -> list[dict[str, Any]]:
+    """Which site has which mixer, as the student's config holds it."""
+    return [dict(rule) for rule in student.config.linearize_plan]
 
 
 def _flops_ratio(student: nn.Module, teacher: "Teacher", settings: EvaluationSettings) -> float:

@@ -9,11 +9,11 @@ from rich.table import Table
 MODELS = ("teacher", "untrained", "student")
 # key in the summary -> what a reader sees
 METRICS = {
-    "scene_accuracy": "scene accuracy (higher is better)",
-    "caption_log_probability": "caption log-probability, nats (higher)",
-    "psnr_to_teacher": "PSNR to teacher, dB (higher)",
-    "velocity_error": "velocity error (lower)",
-    "frechet_distance": "Fréchet distance (lower)",
+    "scene_accuracy": "scene accuracy ↑",
+    "caption_log_probability": "caption log-probability ↑",
+    "psnr_to_teacher": "PSNR to teacher, dB ↑",
+    "velocity_error": "velocity error ↓",
+    "frechet_distance": "Fréchet distance ↓",
 }
 FACTS = {
     "attention_flops_ratio": "attention FLOPs, student / teacher",
@@ -23,22 +23,24 @@ FACTS = {
 }
 
 
-def format_value(value: Any) -> str:
-    """A number with three significant digits, a proportion with its interval and n, a dash for nothing."""
+def format_value(value: Any, separator: str = " ") -> str:
+    """A number with four significant digits, a proportion with its interval and n, a dash for nothing."""
     if value is None:
         return "-"
     if isinstance(value, Mapping):
         low, high = value["interval"]
-        return f"{100 * value['value']:.1f} % [{100 * low:.1f}, {100 * high:.1f}], n={value['n']}"
+        parts = (f"{100 * value['value']:.1f} %", f"[{100 * low:.1f}, {100 * high:.1f}]", f"n={value['n']}")
+        return separator.join(parts)
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}"
 
 
-def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+def summary_rows(summary: Mapping[str, Any], separator: str = " ") -> list[list[str]]:
     """One row per metric: its name, then teacher, untrained and student."""
     return [
-        [label, *(format_value(summary[model][metric]) for model in MODELS)] for metric, label in METRICS.items()
+        [label, *(format_value(summary[model][metric], separator) for model in MODELS)]
+        for metric, label in METRICS.items()
     ]
 
 
@@ -51,10 +53,10 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     """Prints the summary's numbers; the teacher's column is against a second seed of its own, the noise floor."""
     console = console or Console()
     table = Table(title="Student against teacher", caption="teacher: against its own second seed")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for model in MODELS:
         table.add_column(model, justify="right")
-    for row in summary_rows(summary):
+    for row in summary_rows(summary, separator="\n"):
         table.add_row(*row)
     console.print(table)
     for label, value in fact_rows(summary):
