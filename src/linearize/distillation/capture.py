@@ -13,6 +13,18 @@ from linearize.mixers import MixerContext
 
 
 @dataclass(frozen=True)
+class AttentionOutputs:
+    """What a mixer returned, [batch, heads, tokens, head_dim], and the order of its tokens."""
+
+    output: Tensor
+    layout: Layout
+
+    def in_raster_order(self) -> Tensor:
+        """[batch, tokens, channels], image tokens in raster order."""
+        return in_raster_order(self.output.transpose(1, 2).flatten(2), self.layout)
+
+
+@dataclass(frozen=True)
 class SiteCall:
     """One call of a site: what it was given and what it returned."""
 
@@ -25,16 +37,17 @@ class SiteCapture:
     """Records attention outputs, and whole calls, of chosen sites.
 
     Hooks stay on the modules, so that compiled blocks contain them, but they record only inside `recording()`. Gradient
-    checkpointing recomputes in the backward pass, outside of it, and therefore stores nothing a second time.
+    checkpointing recomputes in the backward pass, outside of it, and therefore stores nothing a second time. Hooks compute
+    nothing either: an operation that is not repeated in the recomputation would break it.
 
     Args:
         sites: All sites of one transformer by name.
-        attention: Names whose mixer's output is recorded, in raster order.
+        attention: Names whose mixer's output is recorded.
         calls: Names whose call is recorded, inputs and output.
     """
 
     def __init__(self, sites: Mapping[str, nn.Module], attention: set[str], calls: set[str]) -> None:
-        self._attention: dict[str, Tensor] | None = None
+        self._attention: dict[str, AttentionOutputs] | None = None
         self._calls: dict[str, SiteCall] | None = None
         for name in attention:
             sites[name].mixer.register_forward_hook(self._attention_hook(name))  # type: ignore[union-attr, operator]
@@ -42,7 +55,7 @@ class SiteCapture:
             sites[name].register_forward_hook(self._call_hook(name), with_kwargs=True)
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[tuple[dict[str, Tensor], dict[str, SiteCall]]]:
+    def recording(self) -> Iterator[tuple[dict[str, AttentionOutputs], dict[str, SiteCall]]]:
         """Within the block, forward passes fill what it yields: attention outputs by site, and calls by site."""
         self._attention, self._calls = {}, {}
         try:
@@ -56,7 +69,7 @@ class SiteCapture:
             if self._attention is not None:
                 context = arguments[-1]
                 assert isinstance(context, MixerContext)
-                self._attention[name] = in_raster_order(output.transpose(1, 2).flatten(2), context.layout)
+                self._attention[name] = AttentionOutputs(output, context.layout)
 
         return hook
 

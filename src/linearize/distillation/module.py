@@ -151,11 +151,11 @@ class DistillationModule(lightning.LightningModule):
         if transfer or any(term.needs_teacher for term in values):
             with torch.no_grad(), self._teacher_capture.recording() as (outputs, calls):
                 seen.teacher_velocity = self.backbone.predict(self.teacher, *inputs)
-            seen.teacher_attention = {name: outputs[name] for name in attention}
+            seen.teacher_attention = {name: outputs[name].in_raster_order() for name in attention}
         if any(term.needs_student for term in values):
             with self._student_capture.recording() as (outputs, _):
                 seen.student_velocity = self.backbone.predict(self.student, *inputs)
-            seen.student_attention = {name: outputs[name] for name in attention}
+            seen.student_attention = {name: outputs[name].in_raster_order() for name in attention}
         if transfer:
             seen.transfer = {
                 name: (
