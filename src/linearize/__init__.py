@@ -1,7 +1,7 @@
 """linearize: distil a pre-trained Diffusion Transformer into a student whose attention is of linear cost.
 
-The public names are imported when they are first used: `import linearize` alone costs nothing. `ModelMixin` is here because diffusers looks
-it up beside the student classes when it loads a pipeline.
+The public names are imported when they are first used: `import linearize` alone costs nothing. `ModelMixin` is here
+because diffusers looks it up beside the student classes when it loads a pipeline.
 """
 
 from __future__ import annotations

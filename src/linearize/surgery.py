@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -82,15 +82,19 @@ def linearize(
     layout: Layout | None = None,
     **mixer_arguments: Any,
 ) -> SurgeryReport:
-    """Puts mixers into the attention layers of a transformer, in place; its class becomes the student's, its weights stay.
+    """Puts mixers into the attention layers of a transformer, in place.
 
-    A transformer that is linearized already gets the new plan instead of the old one; sites that no rule names compute softmax as before.
+    Its class becomes the student's, its weights stay the tensors that they are.
+
+    A transformer that is linearized already gets the new plan instead of the old one; sites that no rule names
+    compute softmax as before.
 
     Args:
         model: A diffusers transformer of a known family, or a pipeline that has one.
         mixer: Name of the mixer, with `mixer_arguments` as its arguments.
         layers: Globs over site names such as "transformer_blocks.0.attn".
-        plan: Instead of these three, rules {"layers": globs, "mixer": name, **arguments} for different mixers in different layers.
+        plan: Instead of these three, rules {"layers": globs, "mixer": name, **arguments} for different mixers in
+            different layers.
         layout: The tokens at which the report counts operations; by default an ordinary picture of the family.
         **mixer_arguments: `window=8` and the like.
 
@@ -156,12 +160,12 @@ def match_layers(globs: Sequence[str], site_names: Sequence[str]) -> list[str]:
 
 
 def trained_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
-    """What distillation trains, by name: in every planned site the mixer's parameters and the projections that it names.
+    """What distillation trains: in every planned site the mixer's parameters and the projections that it names.
 
     Raises:
         LinearizeError: The transformer is not linearized.
     """
-    plan = getattr(student, "config", {}).get("linearize_plan")
+    plan = cast(Mapping[str, Any], getattr(student, "config", {})).get("linearize_plan")
     if plan is None:
         raise LinearizeError(f"{type(student).__name__} is not linearized; call linearize.linearize() on it first")
     sites = find_backbone(student).sites(student)
@@ -169,16 +173,15 @@ def trained_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _trained_in(site: nn.Module) -> dict[str, nn.Parameter]:
-    mixer: Mixer = site.mixer
-    owners = ("mixer", *mixer.trained_projections)
+    owners = ("mixer", *cast(Mixer, site.mixer).trained_projections)
     return {name: value for name, value in site.named_parameters() if name.split(".")[0] in owners}
 
 
 def share_student(teacher: nn.Module, plan: Iterable[Mapping[str, Any]]) -> nn.Module:
     """A student beside its teacher that costs only what trains.
 
-    Frozen parameters and buffers are the teacher's own objects; trained ones are float32 copies that require gradients. The teacher is
-    frozen. Run the student under autocast where the teacher is not float32.
+    Frozen parameters and buffers are the teacher's own objects; trained ones are float32 copies that require
+    gradients. The teacher is frozen. Run the student under autocast where the teacher is not float32.
 
     Args:
         teacher: A transformer of a known family.
@@ -196,7 +199,7 @@ def share_student(teacher: nn.Module, plan: Iterable[Mapping[str, Any]]) -> nn.M
     return student
 
 
-def surgery_report(student: nn.Module, layout: Layout | None = None) -> SurgeryReport:
+def surgery_report(student: Any, layout: Layout | None = None) -> SurgeryReport:
     """What surgery did to a student; operations are counted at an ordinary picture unless a layout is given."""
     backbone = find_backbone(student)
     return _report(backbone, student, student.config["linearize_plan"], layout or backbone.reference_layout(student))

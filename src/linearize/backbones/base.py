@@ -11,12 +11,13 @@ from linearize.mixers import AttentionShape
 
 
 class Backbone:
-    """One DiT family: where its attention layers are, and how latents, prompts and pictures go in and out. Holds no state.
+    """One DiT family: where its attention layers are, and how latents, prompts and pictures go in and out.
 
     Attributes:
         name: Short name of the family.
         transformer_class: The diffusers transformer.
-        student_class: Our subclass of it, whose attention layers are sites; `convert(transformer, plan)` makes a transformer one in place.
+        student_class: Our subclass of it, whose attention layers are sites; `convert(transformer, plan)` makes a
+            transformer one in place.
         pipeline_class: The diffusers text-to-image pipeline.
     """
 
@@ -38,7 +39,7 @@ class Backbone:
         raise NotImplementedError
 
     def forward_layout(self, transformer: nn.Module, latents: Tensor, num_text_tokens: int) -> Layout:
-        """The tokens, and their order inside the transformer, that `predict` on these latents [batch, channels, height, width] has."""
+        """The tokens, in their order inside the transformer, of `predict` on these latents."""
         raise NotImplementedError
 
     def predict(self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
@@ -48,7 +49,8 @@ class Backbone:
             transformer: Teacher or student.
             latents: x_sigma, [batch, channels, height, width].
             sigma: Noise level in [0, 1], [batch].
-            conditioning: What `encode` returned, and "guidance" [batch], which teachers without a guidance embedding ignore.
+            conditioning: What `encode` returned, and "guidance" [batch], which teachers without a guidance embedding
+                ignore.
 
         Returns:
             [batch, channels, height, width], in the latents' dtype.
@@ -56,7 +58,11 @@ class Backbone:
         raise NotImplementedError
 
     def encode(self, pipeline: Any, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-        """Embeds prompts as the pipeline does: "prompt_embeds" [batch, tokens, channels] and what else `predict` needs, batch first."""
+        """Embeds prompts as the pipeline does.
+
+        Returns:
+            "prompt_embeds" [batch, tokens, channels] and what else `predict` needs, batch first.
+        """
         raise NotImplementedError
 
     def sample(
@@ -70,9 +76,10 @@ class Backbone:
         num_inference_steps: int,
         guidance_scale: float,
     ) -> Tensor:
-        """Latents [batch, channels, height, width] of the stock pipeline call on embedded prompts, height and width in pixels.
+        """Latents [batch, channels, height, width] of the stock pipeline call on embedded prompts.
 
-        Sample i starts from the noise of a CPU generator seeded with `seeds[i]`, whatever the device and the batch.
+        Height and width are in pixels. Sample i starts from the noise of a CPU generator seeded with `seeds[i]`,
+        whatever the device and the batch.
         """
         raise NotImplementedError
 

@@ -42,7 +42,7 @@ class FluxBackbone(Backbone):
             return transformer.token_layout(num_text_tokens, grids)
         return Layout(num_text_tokens, grids)
 
-    def predict(self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
+    def predict(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
         """See `Backbone.predict`."""
         grid, dtype = _grid_of(latents), transformer.x_embedder.weight.dtype
         prompt_embeds = conditioning["prompt_embeds"].to(dtype)
@@ -67,7 +67,7 @@ class FluxBackbone(Backbone):
 
     @torch.no_grad()
     def encode(self, pipeline: Any, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-        """See `Backbone.encode`: "prompt_embeds" [batch, max_sequence_length, channels], "pooled_prompt_embeds" [batch, channels]."""
+        """See `Backbone.encode`; also "pooled_prompt_embeds" [batch, channels]."""
         prompt_embeds, pooled, _ = pipeline.encode_prompt(
             prompt=list(prompts), prompt_2=None, max_sequence_length=max_sequence_length
         )
@@ -112,7 +112,7 @@ class FluxBackbone(Backbone):
         return pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
 
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
-        """See `Backbone.latent_shape`: sizes that two latent pixels do not divide are rounded down, as the pipeline does."""
+        """See `Backbone.latent_shape`: rounded down to whole tokens, as the pipeline does."""
         token = 2 * pipeline.vae_scale_factor
         return pipeline.transformer.config.in_channels // 4, 2 * (height // token), 2 * (width // token)
 

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearize.backbones.plan import Plan, match_dtype_and_device, mixers_for_plan, preferred_order
 from linearize.backbones.position_ids import grids_from_ids
@@ -44,14 +44,14 @@ class TokenStream:
 
 
 class LinearFluxAttention(FluxAttention):
-    """A site: FLUX's attention layer with a mixer in the place of softmax(QK^T)V. Names and weights of all else are the stock layer's."""
+    """A site: FLUX's attention layer with a mixer in the place of softmax(QK^T)V, and all else by its stock name."""
 
     mixer: Mixer
     theta: int
     axes_dim: tuple[int, ...]
 
     @staticmethod
-    def convert(attention: FluxAttention, mixer: Mixer, pos_embed: nn.Module) -> None:
+    def convert(attention: FluxAttention, mixer: Mixer, pos_embed: Any) -> None:
         """Makes a stock layer, or a site, a site with this mixer; parameters stay the objects that they are."""
         attention.__class__ = LinearFluxAttention
         attention.mixer = match_dtype_and_device(mixer, attention)
@@ -66,14 +66,15 @@ class LinearFluxAttention(FluxAttention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         *,
+        image_rotary_emb: tuple[Tensor, Tensor],
         token_stream: TokenStream,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The stock layer's forward with `self.mixer` in the middle.
 
         Args:
-            hidden_states: [batch, tokens, channels], image tokens in double blocks, text and image tokens in single blocks.
+            hidden_states: [batch, tokens, channels], image tokens in double blocks, text and image tokens in single
+                blocks.
             encoder_hidden_states: [batch, text tokens, channels] in double blocks.
             attention_mask: Always None in this family.
             image_rotary_emb: Cosine and sine [tokens, head_dim] of all tokens.
@@ -118,7 +119,7 @@ class LinearFluxAttention(FluxAttention):
         stream: TokenStream,
         inputs: Tensor | None,
     ) -> Tensor:
-        """Calls the mixer in the order that it wants; [batch, tokens, heads, head_dim] in and out, in the stream's order."""
+        """Calls the mixer in its own order; [batch, tokens, heads, head_dim] in and out, in the stream's order."""
         layout, positions = stream.layout, stream.positions
         tile = _ORDERS.get(self.mixer.token_order, layout.tile)
         if tile != layout.tile:
@@ -158,7 +159,8 @@ class LinearFluxAttention(FluxAttention):
 def rotary_angles(positions: Tensor, dim: int, axes_dim: tuple[int, ...], theta: float) -> Tensor:
     """FLUX's rotary angles, [tokens, dim // 2] in float64, for features of any even width.
 
-    Channels are shared out among the axes (image, row, column) as `axes_dim` shares out head_dim; at that width they are FLUX's own.
+    Channels are shared out among the axes (image, row, column) as `axes_dim` shares out head_dim; at that width they
+    are FLUX's own.
     """
     bounds = [2 * round(dim * sum(axes_dim[: i + 1]) / sum(axes_dim) / 2) for i in range(len(axes_dim))]
     angles = []
@@ -172,8 +174,9 @@ def rotary_angles(positions: Tensor, dim: int, axes_dim: tuple[int, ...], theta:
 class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
     """FLUX's transformer with mixers, a stock component of any FLUX pipeline.
 
-    The config entry `linearize_plan` says which site has which mixer: [{"layers": [...], "mixer": name, "arguments": {...}}]. All other
-    arguments are `FluxTransformer2DModel`'s. Image tokens travel in the order that most mixers want, and come out in raster order.
+    The config entry `linearize_plan` says which site has which mixer: [{"layers": [...], "mixer": name, "arguments":
+    {...}}]. All other arguments are `FluxTransformer2DModel`'s. Image tokens travel in the order that most mixers
+    want, and come out in raster order.
     """
 
     __module__ = "linearize"
@@ -213,7 +216,9 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
 
     @classmethod
     def convert(cls, transformer: FluxTransformer2DModel, plan: Plan) -> None:
-        """Makes a transformer a student in place: every site gets its mixer, `softmax` where the plan names none, the config the plan.
+        """Makes a transformer a student in place.
+
+        Every site gets its mixer, `softmax` where the plan names none, and the config gets the plan.
 
         Args:
             transformer: Stock, or a student, whose mixers are replaced.
@@ -258,7 +263,8 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """The stock forward, argument for argument; image tokens are permuted at its two ends only.
 
-        Image grids are read off `img_ids`; a caller that knows them saves the look by `joint_attention_kwargs={"grids": (Grid(...),)}`.
+        Image grids are read off `img_ids`; a caller that knows them saves the look by
+        `joint_attention_kwargs={"grids": (Grid(...),)}`.
         """
         kwargs = dict(joint_attention_kwargs or {})
         img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
@@ -294,7 +300,7 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
         return self.time_text_embed(*times, pooled)
 
 
-def flux_sites(transformer: nn.Module) -> dict[str, FluxAttention]:
+def flux_sites(transformer: Any) -> dict[str, FluxAttention]:
     """All attention layers of a FLUX transformer by name, in the order of the forward pass."""
     double = {f"transformer_blocks.{i}.attn": block.attn for i, block in enumerate(transformer.transformer_blocks)}
     blocks = enumerate(transformer.single_transformer_blocks)

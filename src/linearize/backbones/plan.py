@@ -21,7 +21,8 @@ def mixers_for_plan(plan: Plan, shapes: dict[str, AttentionShape]) -> dict[str, 
         shapes: Every site of the transformer with its sizes.
 
     Raises:
-        LinearizeError: A rule names a site that is not there or is already taken, or asks a mixer for what it does not have.
+        LinearizeError: A rule names a site that is not there or is already taken, or asks a mixer for what it does
+            not have.
     """
     rules: dict[str, dict[str, Any]] = {}
     for rule in plan:
@@ -37,7 +38,7 @@ def mixers_for_plan(plan: Plan, shapes: dict[str, AttentionShape]) -> dict[str, 
 
 
 def preferred_order(mixers: list[Mixer]) -> str:
-    """The order, "raster" or "tile", in which a transformer's image tokens travel: the one that most of its mixers ask for."""
+    """The order, "raster" or "tile", in which image tokens travel: the one that most mixers ask for."""
     orders = [mixer.token_order for mixer in mixers]
     wants_tile = orders.count("tile")
     return "tile" if wants_tile and wants_tile >= orders.count("raster") else "raster"

@@ -1,4 +1,4 @@
-"""Reads image grids off position ids, for families whose transformer is told where its tokens are and not how large the picture is."""
+"""Image grids from position ids, for families whose transformer is not told how large the picture is."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from linearize.layout import Grid
 def grids_from_ids(ids: Tensor) -> tuple[Grid, ...]:
     """The image grids of position ids in raster order.
 
-    A new image starts where the first id changes (FLUX Kontext's reference image) or the row runs back. Only order is used, never the
-    distance: ids that bf16 rounds, as the stock pipeline's are beyond 256 tokens a side, or that are scaled for resolution, are read alike.
+    A new image starts where the first id changes (FLUX Kontext's reference image) or row and column run back. Only
+    order is used, never the
+    distance: ids that bf16 rounds, as the stock pipeline's are beyond 256 tokens a side, or that are scaled for
+        resolution, are read alike.
 
     Args:
         ids: [tokens, 3]: image, row, column.
@@ -22,7 +24,8 @@ def grids_from_ids(ids: Tensor) -> tuple[Grid, ...]:
         LinearizeError: The ids do not form rectangles in raster order.
     """
     ids = ids.detach().to("cpu", torch.float64)
-    starts = (ids[1:, 0] != ids[:-1, 0]) | (ids[1:, 1] < ids[:-1, 1])
+    image, row, column = (ids[1:] - ids[:-1]).unbind(-1)
+    starts = (image != 0) | ((row < 0) & (column <= 0))
     sizes = torch.diff(torch.cat([torch.tensor([-1]), torch.nonzero(starts).flatten(), torch.tensor([len(ids) - 1])]))
     return tuple(_grid_of(image) for image in ids.split(sizes.tolist()))
 
@@ -30,14 +33,13 @@ def grids_from_ids(ids: Tensor) -> tuple[Grid, ...]:
 def _grid_of(ids: Tensor) -> Grid:
     rows, columns = ids[:, 1], ids[:, 2]
     wraps = torch.nonzero(columns[1:] < columns[:-1]).flatten()
-    if len(wraps):
-        width = int(wraps[0]) + 1
-    else:
-        width = 1 if len(ids) > 1 and bool((columns == columns[0]).all()) else len(ids)
+    upright = len(ids) > 1 and bool((columns == columns[0]).all())
+    width = 1 if upright else int(wraps[0]) + 1 if len(wraps) else len(ids)
     if len(ids) % width == 0 and _is_raster(rows.view(-1, width), columns.view(-1, width)):
         return Grid(len(ids) // width, width)
     raise LinearizeError(
-        f"the position ids of {len(ids)} image tokens do not form a rectangle in raster order; pass img_ids as the pipeline makes them"
+        f"the position ids of {len(ids)} image tokens do not form a rectangle in raster order; "
+        "pass img_ids as the pipeline makes them"
     )
 
 

@@ -1,4 +1,4 @@
-"""The mixers, found by looking at this package: the name "clear" is `linearize.mixers.clear.ClearMixer`, and no name leads elsewhere."""
+"""The mixers: the name "clear" is `linearize.mixers.clear.ClearMixer`, and no name leads out of this package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mixer_names() -> list[str]:
     return sorted(name for name in names if name != "base" and not name.startswith("_"))
 
 
-def mixer_class(name: str) -> type[Mixer]:
+def mixer_class(name: str | None) -> type[Mixer]:
     """The class of a mixer by its name.
 
     Raises:
@@ -43,13 +43,13 @@ def mixer_class(name: str) -> type[Mixer]:
     return getattr(module, "".join(part.capitalize() for part in name.split("_")) + "Mixer")
 
 
-def mixer_defaults(name: str) -> dict[str, Any]:
+def mixer_defaults(name: str | None) -> dict[str, Any]:
     """The arguments of a mixer with their defaults, in the order of its constructor."""
     parameters = inspect.signature(mixer_class(name).__init__).parameters
     return {key: parameter.default for key, parameter in parameters.items() if key not in ("self", "shape")}
 
 
-def check_arguments(name: str, arguments: dict[str, Any]) -> None:
+def check_arguments(name: str | None, arguments: dict[str, Any]) -> None:
     """Checks that a mixer has these arguments.
 
     Raises:

@@ -36,12 +36,13 @@ class MixerContext:
         layout: Text tokens, image grids and the order in which image tokens stand.
         scale: Softmax scale, usually head_dim ** -0.5.
         rotate: The family's own rotary embedding, bit for bit: [batch, heads, tokens, head_dim] to the same shape.
-        angles: The family's rotary angles for features of any even width: (positions [tokens, axes], dim) to [tokens, dim // 2].
+        angles: The family's rotary angles for features of any even width: (positions [tokens, axes], dim) to [tokens,
+            dim // 2].
         positions: Position ids of all tokens, [tokens, axes], in the order of the tokens.
         softmax: The family's own attention call, its backend included, on rotated query and key and on value.
         key_mask: [batch, tokens], True where a key is valid; None when all are.
-        hidden_states: The layer's input, [batch, tokens, hidden_size], in the order of the tokens, only for mixers that set
-            `uses_hidden_states`.
+        hidden_states: The layer's input, [batch, tokens, hidden_size], in the order of the tokens, only for mixers
+            that set `uses_hidden_states`.
         timestep_embedding: [batch, embedding_dim], only for mixers that set `uses_timestep_embedding`.
     """
 
@@ -57,7 +58,9 @@ class MixerContext:
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A subclass sets its defaults in `__init__(self, shape, *, ...)`; parameters never depend on the grid.
+    """Base of all mixers: its arguments have their defaults in `__init__(self, shape, *, ...)`.
+
+    Parameters never depend on the grid.
 
     Attributes:
         token_order: The order of image tokens that it wants: "any", "raster" or "tile".
@@ -90,7 +93,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def reference(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
-        """The defining formula on dense [tokens x tokens] weights: slow, readable, and what `forward` is tested against."""
+        """The defining formula on dense [tokens x tokens] weights, which `forward` is tested against."""
         raise NotImplementedError
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
@@ -98,4 +101,4 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def initialize_from_teacher(self, attention: nn.Module) -> None:
-        """Sets parameters from the teacher's attention layer, so that training starts near it. Nothing to do by default."""
+        """Sets parameters from the teacher's attention layer, so that training starts near it; by default nothing."""

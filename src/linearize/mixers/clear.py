@@ -17,13 +17,14 @@ from linearize.ops.pooling import num_cells, pool_image_tokens
 
 
 class ClearMixer(Mixer):
-    """CLEAR (Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", arXiv 2412.16112).
+    """CLEAR: "Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", Liu et al., arXiv 2412.16112.
 
-    An image token attends to all text and to the image tokens with dy^2 + dx^2 < window^2, cut at the borders; text attends to everything.
-    The disc alone has no parameters and a cost linear in the number of tokens.
+    An image token attends to all text and to the image tokens with dy^2 + dx^2 < window^2, cut at the borders; text
+    attends to everything. The disc alone has no parameters and a cost linear in the number of tokens.
 
-    With `downsample=d` every image token also attends to all image keys and values pooled d x d after rotation, with learned weights that
-    start as the mean. **That part is quadratic**: it adds tokens^2 / d^2 pairs, fifteen times the disc's cost at 8192 pixels, window 8, d 4.
+    With `downsample=d` every image token also attends to all image keys and values pooled d x d after rotation, with
+    learned weights that start as the mean. **That part is quadratic**: it adds tokens^2 / d^2 pairs, fifteen times
+    the disc's cost at 8192 pixels, window 8, d 4.
 
     Args:
         shape: Sizes of the layer.
@@ -54,7 +55,7 @@ class ClearMixer(Mixer):
         return self._attend(query, key, value, context, "naive")
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
-        """Exact pairs of the disc, of text with all tokens, and the quadratic share of pooled keys, 4 head_dim operations each."""
+        """4 head_dim operations per pair: the disc, text with all tokens, and the quadratic pooled keys."""
         pairs = exact_pairs(layout.grids, self.window)
         pairs += layout.num_text_tokens * (layout.num_tokens + layout.num_image_tokens)
         if self.downsample > 1:
@@ -96,6 +97,6 @@ def _warn_if_covered(layout: Layout, window: int) -> None:
     if disc_covers(layout.grids, window):
         grids = " + ".join(str(grid) for grid in layout.grids)
         warnings.warn(
-            f"window={window} covers the whole grid of {grids} tokens: this is the teacher's attention, nothing is saved",
+            f"window={window} covers the whole grid of {grids} tokens: it is the teacher's own attention",
             stacklevel=2,
         )

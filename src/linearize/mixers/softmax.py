@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from linearize.errors import LinearizeError
 from linearize.layout import Layout
 from linearize.mixers.base import AttentionShape, Mixer, MixerContext
 from linearize.ops.dense_attention import dense_attention
 
 
 class SoftmaxMixer(Mixer):
-    """Softmax attention through the family's own call: what the teacher computes, bit for bit, and the cost that the others are measured by.
+    """Softmax attention through the family's own call: the teacher, bit for bit, and what the others are measured by.
 
     Args:
         shape: Sizes of the layer.
-        token_order: "any" keeps the order that other layers want; "tile" and "raster" ask for one, to measure what the order does.
+        token_order: "any" keeps the order that other layers want; "tile" and "raster" ask for one, to measure what
+            the order does.
     """
 
     def __init__(self, shape: AttentionShape, *, token_order: str = "any") -> None:
         super().__init__(shape)
+        if token_order not in ("any", "raster", "tile"):
+            raise LinearizeError(f"mixer 'softmax' got token_order={token_order!r}; choose any, raster or tile")
         self.token_order = token_order
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:

@@ -11,7 +11,7 @@ from linearize.layout import Grid, Layout
 
 
 def coordinates(layout: Layout) -> Tensor:
-    """Row and column of every image token in the layout's order, [num_image_tokens, 2] integers on the CPU; each grid starts at (0, 0)."""
+    """(row, column) of every image token in the layout's order, [num_image_tokens, 2]; each grid starts at (0, 0)."""
     parts = []
     for grid in layout.grids:
         rows, columns = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,8 +28,9 @@ def halo_attention(
 ) -> Tensor:
     """Disc attention, for any grid, window, number of text tokens and batch.
 
-    Image queries are cut into tiles; tiles with the same surroundings share a mask and go through one batched attention call, on keys that
-    are gathered from the text, the tiles' halo and the pooled keys. Nothing grows faster than tokens x window^2.
+    Image queries are cut into tiles; tiles with the same surroundings share a mask and go through one batched
+    attention call, on keys that are gathered from the text, the tiles' halo and the pooled keys. Nothing grows faster
+    than tokens x window^2.
 
     Args:
         query: [batch, heads, tokens, head_dim], rotated.
@@ -48,9 +50,9 @@ def halo_attention(
     # Token-major: a gathered token is one run of heads x head_dim numbers, as projections write them.
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     outputs = [_text_outputs(query, key, value, layout, scale, key_mask)] if layout.num_text_tokens else []
-    queries = _gather(query, tables.query_index, [batch.query_index for batch in tables.batches])
     key_indices = [batch.key_index for batch in tables.batches]
-    keys, values = (_gather(states, tables.key_index, key_indices) for states in (key, value))
+    queries = _gather(query, [batch.query_index for batch in tables.batches])
+    keys, values = (_gather(states, key_indices) for states in (key, value))
     for batch, tile_query, tile_key, tile_value in zip(tables.batches, queries, keys, values, strict=True):
         outputs.append(_attend(batch, tile_query, tile_key, tile_value, scale, key_mask))
     return torch.cat(outputs, dim=1).index_select(1, tables.output_index).transpose(1, 2)
@@ -60,62 +62,70 @@ def _text_outputs(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, key_mask: Tensor | None
 ) -> Tensor:
     """Text queries see all tokens: [batch, text tokens, heads, head_dim]."""
-    mask = None if key_mask is None else key_mask[:, None, None, : layout.num_tokens]
-    tokens = (query[:, layout.text_slice], key[:, : layout.num_tokens], value[:, : layout.num_tokens])
-    return _softmax(*(states.transpose(1, 2) for states in tokens), _additive(mask, value.dtype), scale).transpose(1, 2)
+    query, key, value = query[:, layout.text_slice], key[:, : layout.num_tokens], value[:, : layout.num_tokens]
+    if key_mask is None:
+        return _softmax(query, key, value, None, scale)
+    mask = _additive(key_mask[:, None, None, : layout.num_tokens], value.dtype)
+    return _without_blind(_softmax(query, key, value, mask, scale), mask)
 
 
 def _attend(
     batch: TileBatch, query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None
 ) -> Tensor:
     """One batched call over tiles: [batch, tiles * queries, heads, head_dim]."""
-    tiles, mask = batch.num_tiles, batch.mask[None, None]
-    if key_mask is not None:
-        valid = key_mask.index_select(1, batch.key_index).view(len(query) * tiles, 1, 1, -1)
-        mask = mask + _additive(valid, mask.dtype)
-    per_tile = (states.reshape(len(query) * tiles, -1, *states.shape[2:]) for states in (query, key, value))
-    output = _softmax(*(states.transpose(1, 2) for states in per_tile), mask, scale)
-    return output.transpose(1, 2).reshape(query.shape)
+    size, mask, shape = len(query) * batch.num_tiles, batch.mask[None, None], query.shape
+    query, key, value = (states.reshape(size, -1, *states.shape[2:]) for states in (query, key, value))
+    if key_mask is None:
+        return _softmax(query, key, value, mask, scale).reshape(shape)
+    valid = key_mask.index_select(1, batch.key_index).view(size, 1, 1, -1)
+    mask = mask + _additive(valid, mask.dtype)
+    return _without_blind(_softmax(query, key, value, mask, scale), mask).reshape(shape)
 
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """SDPA under an additive mask; a query that sees nothing gets zeros."""
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    if mask is None or mask.shape[0] == 1:
-        return output
-    return output.masked_fill((mask == float("-inf")).all(dim=-1, keepdim=True), 0.0)
+    """SDPA on token-major tensors under an additive mask: [batch, tokens, heads, head_dim]."""
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return (
-        None
-        if mask is None
-        else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-    )
+def _without_blind(output: Tensor, mask: Tensor) -> Tensor:
+    """Zeros for queries that see no key: output [batch, queries, heads, head_dim], mask [batch, 1, 1 or queries, keys]."""
+    return output.masked_fill((mask == float("-inf")).all(dim=-1).transpose(1, 2)[..., None], 0.0)
 
 
-def _gather(states: Tensor, index: Tensor, indices: list[Tensor]) -> Iterator[Tensor]:
-    """The tokens of every index. Training gathers once, for one scatter in the backward pass; otherwise only as much as a call needs."""
-    if torch.is_grad_enabled() and states.requires_grad:
-        yield from _Gather.apply(states, index).split([len(part) for part in indices], dim=1)
-    else:
-        for part in indices:
-            yield states.index_select(1, part)
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+def _gather(states: Tensor, indices: list[Tensor]) -> Iterator[Tensor]:
+    """The tokens of one index after another; without gradients all in one buffer, which the next one overwrites."""
+    if torch.is_grad_enabled():
+        yield from _Gather.apply(states, *indices)
+        return
+    batch, _, *channels = states.shape
+    buffer = states.new_empty(batch * max(len(index) for index in indices) * math.prod(channels))
+    for index in indices:
+        tokens = buffer[: batch * len(index) * math.prod(channels)].view(batch, len(index), *channels)
+        yield torch.index_select(states, 1, index, out=tokens)
 
 
 class _Gather(torch.autograd.Function):
-    """index_select over tokens whose gradient adds up in float32: a text token is gathered by every tile, too often for bf16."""
+    """index_select over tokens for many indices.
+
+    Gradients add up in one float32 buffer: a text token is gathered by every tile, too often for a sum in bf16.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
+    def forward(ctx: Any, states: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*indices)
         ctx.num_tokens = states.shape[1]
-        return states.index_select(1, index)
+        return tuple(states.index_select(1, index) for index in indices)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        shape = (len(gradient), ctx.num_tokens, *gradient.shape[2:])
-        total = torch.zeros(shape, dtype=wide, device=gradient.device)
-        return total.index_add_(1, index, gradient.to(wide)).to(gradient.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        first = gradients[0]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        total = first.new_zeros((len(first), ctx.num_tokens, *first.shape[2:]), dtype=wide)
+        for index, gradient in zip(ctx.saved_tensors, gradients, strict=True):
+            total.index_add_(1, index, gradient.to(wide))
+        return total.to(first.dtype), *(None for _ in gradients)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from linearize.layout import Grid, Layout, tile_spans
 
-# Gathered keys of one attention call: few enough for the cache of a CPU core, enough to keep a call's overhead small.
-KEYS_PER_CALL = 1 << 15
+# Gathered keys of one attention call: on a CPU few enough for its cache, elsewhere enough to fill the device.
+CPU_KEYS_PER_CALL = 1 << 13
+KEYS_PER_CALL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,10 @@ class HaloTables:
 
     Attributes:
         batches: The attention calls, in order.
-        query_index: Places of all queries, batch after batch.
-        key_index: Places of all gathered keys, batch after batch.
         output_index: [num_tokens] where each token's output is among text outputs followed by the batches' outputs.
     """
 
     batches: tuple[TileBatch, ...]
-    query_index: Tensor
-    key_index: Tensor
     output_index: Tensor
 
 
@@ -56,7 +53,7 @@ def query_tile(window: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What makes tiles alike: their grid, their size, and per key grid the rows and columns in reach, relative to the tile's first token."""
+    """What makes tiles alike: grid, size, and per key grid the rows and columns in reach, from the first token."""
 
     grid: int
     height: int
@@ -86,7 +83,7 @@ def _rectangle(top: int, bottom: int, left: int, right: int) -> Tensor:
 
 
 def _group_tiles(grids: tuple[Grid, ...], window: int) -> dict[_Surroundings, Tensor]:
-    """The first (row, column) of all tiles, [tiles, 2], by their surroundings: inner tiles are one group, those near borders a few more."""
+    """First (row, column) of the tiles, [tiles, 2], by their surroundings: one group inside, a few at the borders."""
     groups: dict[_Surroundings, list[tuple[int, int]]] = defaultdict(list)
     height, width = query_tile(window)
     for number, grid in enumerate(grids):
@@ -101,14 +98,16 @@ def _group_tiles(grids: tuple[Grid, ...], window: int) -> dict[_Surroundings, Te
 
 @lru_cache(maxsize=64)
 def visited_pairs(grid: Grid | tuple[Grid, ...], window: int) -> int:
-    """Number of (image query, image key) pairs that the halo path computes; `disc.exact_pairs` are the ones that it needs."""
+    """Number of (image query, image key) pairs that the halo path computes; `exact_pairs` are those it needs."""
     groups = _group_tiles((grid,) if isinstance(grid, Grid) else grid, window)
     return sum(len(corners) * group.sees().numel() for group, corners in groups.items())
 
 
 @lru_cache(maxsize=32)
 def halo_tables(layout: Layout, window: int, num_pooled: int, dtype: torch.dtype, device: torch.device) -> HaloTables:
-    """The tables of a layout, built once and outside inference mode: what is first made while sampling is used for training later.
+    """The tables of a layout, built once.
+
+    They are made outside inference mode: what sampling needed first is used for training later.
 
     Args:
         layout: Text tokens, grids and order.
@@ -117,26 +116,25 @@ def halo_tables(layout: Layout, window: int, num_pooled: int, dtype: torch.dtype
         dtype: Of query, key and value.
         device: Where they are.
     """
+    limit = CPU_KEYS_PER_CALL if device.type == "cpu" else KEYS_PER_CALL
     with torch.inference_mode(False):
         batches = [
             batch
             for group, corners in _group_tiles(layout.grids, window).items()
-            for batch in _batches_of(layout, group, corners, num_pooled, dtype)
+            for batch in _batches_of(layout, group, corners, num_pooled, dtype, limit)
         ]
-        query_index = torch.cat([batch.query_index for batch in batches])
-        key_index = torch.cat([batch.key_index for batch in batches])
         text = torch.arange(layout.num_tokens)[layout.text_slice]
-        output_index = torch.argsort(torch.cat([text, query_index]))
+        output_index = torch.argsort(torch.cat([text, *(batch.query_index for batch in batches)]))
         moved = [
             TileBatch(b.num_tiles, b.query_index.to(device), b.key_index.to(device), b.mask.to(device)) for b in batches
         ]
-        return HaloTables(tuple(moved), query_index.to(device), key_index.to(device), output_index.to(device))
+        return HaloTables(tuple(moved), output_index.to(device))
 
 
 def _batches_of(
-    layout: Layout, group: _Surroundings, corners: Tensor, num_pooled: int, dtype: torch.dtype
+    layout: Layout, group: _Surroundings, corners: Tensor, num_pooled: int, dtype: torch.dtype, limit: int
 ) -> list[TileBatch]:
-    """The batches of one group, each of at most KEYS_PER_CALL gathered keys."""
+    """The batches of one group, each of at most `limit` gathered keys."""
     text = torch.arange(layout.num_tokens)[layout.text_slice]
     always = torch.cat([text, layout.num_tokens + torch.arange(num_pooled)])
     sees = group.sees()
@@ -145,7 +143,7 @@ def _batches_of(
     queries = _places(layout, corners, group.queries(), group.grid)
     halo = [_places(layout, corners, keys, number) for number, keys in enumerate(group.keys())]
     keys = torch.cat([always.expand(len(corners), -1), *halo], dim=1)
-    size = max(1, KEYS_PER_CALL // keys.shape[1])
+    size = max(1, limit // keys.shape[1])
     parts = zip(queries.split(size), keys.split(size), strict=True)
     return [TileBatch(len(tiles), tiles.flatten(), near.flatten(), mask) for tiles, near in parts]
 

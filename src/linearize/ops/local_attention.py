@@ -32,10 +32,11 @@ def local_attention(
     pooled_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention in which an image token sees the disc dy^2 + dx^2 < window^2 around it (CLEAR, arXiv 2412.16112).
+    """Softmax attention in which an image token sees the disc dy^2 + dx^2 < window^2 (CLEAR, arXiv 2412.16112).
 
-    Text tokens see all tokens and are seen by all. The disc is cut at the borders. Several grids lie on top of one another: an image token
-    sees the disc around its own row and column in each. A query none of whose keys is valid gets zeros.
+    Text tokens see all tokens and are seen by all. The disc is cut at the borders. Several grids lie on top of one
+    another: an image token sees the disc around its own row and column in each. A query none of whose keys is valid
+    gets zeros.
 
     Args:
         query: [batch, heads, tokens, head_dim], rotated.
@@ -48,7 +49,8 @@ def local_attention(
         tile: The order of image tokens, see `Layout`.
         scale: Softmax scale; None means head_dim ** -0.5.
         key_mask: [batch, tokens], True where a key is valid.
-        pooled_key: [batch, key-value heads, pooled, head_dim] more keys, which all image queries see and no text query does.
+        pooled_key: [batch, key-value heads, pooled, head_dim] more keys, which all image queries see and no text
+            query does.
         pooled_value: Their values.
         pooled_mask: [batch, pooled], True where valid.
         backend: "naive" on dense weights, "halo" of linear cost, or "auto".

@@ -14,8 +14,9 @@ def pool_image_tokens(
 ) -> tuple[Tensor, Tensor | None]:
     """Pools the image tokens of every grid; cells at the right and lower border may be cut.
 
-    A whole cell is sum_ij weight_ij x_ij. A cell that holds only n valid tokens, because it is cut or some are masked, is that sum over them
-    times size^2 / n, so that the initial weight 1 / size^2 gives the mean of what is there.
+    A whole cell is sum_ij weight_ij x_ij. A cell that holds only n valid tokens, because it is cut or some are
+    masked, is that sum over them times size^2 / n, so that the initial weight 1 / size^2 gives the mean of what is
+    there.
 
     Args:
         states: [batch, heads, tokens, head_dim] of all tokens.
@@ -51,7 +52,7 @@ def num_cells(grid: Grid, size: int) -> int:
 
 
 def _cells(states: Tensor, grid: Grid, size: int) -> Tensor:
-    """[batch, heads, tokens, channels] in raster order to [batch, heads, cells, channels, size * size], zeros beyond the border."""
+    """[batch, heads, tokens, channels] in raster order to [batch, heads, cells, channels, size^2], padded by zeros."""
     batch, heads, _, channels = states.shape
     image = states.reshape(batch, heads * grid.frames, grid.height, grid.width, channels)
     image = F.pad(image, (0, 0, 0, -grid.width % size, 0, -grid.height % size))

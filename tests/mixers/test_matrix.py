@@ -1,0 +1,141 @@
+"""What holds for every mixer: one case for each YAML in configs/mixer."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from contexts import SHAPE, flux_context, flux_positions, random_tokens
+from linearize.layout import TILE, Grid, Layout
+from linearize.mixers import build_mixer, mixer_class, mixer_defaults, mixer_names
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mixer").glob("*.yaml"))
+# Knobs that make every part of a mixer work on the small grids below, beside its defaults.
+VARIANTS = {"clear": [{"window": 3}, {"window": 5, "downsample": 2}, {"window": 2, "downsample": 3}]}
+LAYOUTS = [
+    Layout(0, (Grid(9, 13),)),
+    Layout(5, (Grid(8, 17),)),
+    Layout(3, (Grid(11, 5),), text_first=False),
+    Layout(4, (Grid(7, 10), Grid(5, 6))),
+    Layout(1, (Grid(1, 6),)),
+]
+CASES = [(path.stem, knobs) for path in CONFIGS for knobs in ({}, *VARIANTS.get(path.stem, []))]
+
+
+def case_id(value):
+    if isinstance(value, Layout):
+        side = "" if value.text_first else "_text_last"
+        return f"{value.num_text_tokens}+{'+'.join(str(grid) for grid in value.grids)}{side}"
+    return ",".join(f"{key}={knob}" for key, knob in value.items()) or "defaults" if isinstance(value, dict) else value
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*covers the whole grid")
+        yield
+
+
+def randomized(name, knobs):
+    mixer = build_mixer(name, SHAPE, knobs).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return mixer
+
+
+def in_order_of(mixer, layout):
+    return layout.with_tile({"tile": TILE}.get(mixer.token_order))
+
+
+def test_every_mixer_has_its_yaml_and_every_yaml_its_mixer():
+    assert [path.stem for path in CONFIGS] == mixer_names()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_yaml_repeats_the_defaults_and_puts_the_knobs_at_the_root(path):
+    config = OmegaConf.load(path)
+    knobs = OmegaConf.to_container(config.mixer, resolve=True)
+    assert knobs.pop("name") == path.stem
+    assert knobs == mixer_defaults(path.stem)
+    assert {key: config[key] for key in knobs} == knobs
+    assert path.read_text().startswith("# @package _global_\n")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=case_id)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize(("name", "knobs"), CASES, ids=case_id)
+def test_forward_and_gradients_equal_the_reference(name, knobs, layout, masked):
+    mixer = randomized(name, knobs)
+    layout = in_order_of(mixer, layout)
+    key_mask = None
+    if masked:
+        key_mask = torch.rand(2, layout.num_tokens) > 0.3
+        key_mask[:, 0] = True
+    inputs, context = random_tokens(layout), flux_context(layout, key_mask)
+    leaves = [*inputs, *mixer.parameters()]
+    results = []
+    for compute in (mixer, mixer.reference):
+        output = compute(*inputs, context)
+        results.append((output, *torch.autograd.grad(output.sin().sum(), leaves, materialize_grads=True)))
+    assert results[0][0].shape == inputs[0].shape
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES, ids=case_id)
+def test_the_order_of_image_tokens_does_not_change_the_result(name, knobs):
+    mixer, raster = randomized(name, knobs), Layout(3, (Grid(11, 19),))
+    tiled = raster.with_tile(TILE)
+    index, back = raster.index_to(TILE), tiled.index_to(None)
+    inputs = random_tokens(raster)
+    expected = mixer(*inputs, flux_context(raster))
+    ours = mixer(*(states[:, :, index] for states in inputs), flux_context(tiled))[:, :, back]
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in mixer_names() if "window" in mixer_defaults(name)])
+@pytest.mark.parametrize("num_text_tokens", [0, 4])
+def test_a_window_over_everything_is_the_teacher(name, num_text_tokens):
+    mixer, layout = build_mixer(name, SHAPE, {"window": 40}).double(), Layout(num_text_tokens, (Grid(9, 21),))
+    layout = in_order_of(mixer, layout)
+    inputs, context = random_tokens(layout), flux_context(layout)
+    softmax = build_mixer("softmax", SHAPE, {})
+    torch.testing.assert_close(mixer(*inputs, context), softmax.reference(*inputs, context), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES, ids=case_id)
+def test_parameters_do_not_depend_on_the_grid_and_the_cost_is_declared(name, knobs):
+    mixer = randomized(name, knobs)
+    for layout in LAYOUTS:
+        layout = in_order_of(mixer, layout)
+        assert mixer(*random_tokens(layout), flux_context(layout)).isfinite().all()
+        assert mixer.flops(layout, batch=2) == 2 * mixer.flops(layout) > 0
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES, ids=case_id)
+def test_bf16_stays_near_float64(name, knobs):
+    mixer = randomized(name, knobs)
+    layout = in_order_of(mixer, Layout(5, (Grid(16, 24),)))
+    inputs, context = random_tokens(layout), flux_context(layout)
+    with torch.no_grad():
+        expected = mixer(*inputs, context)
+        ours = mixer.bfloat16()(*(states.bfloat16() for states in inputs), context)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("name", mixer_names())
+def test_the_class_says_what_it_is(name):
+    mixer = mixer_class(name)
+    assert mixer.__module__ == f"linearize.mixers.{name}"
+    assert build_mixer(name, SHAPE, {}).token_order in ("any", "raster", "tile")
+    assert mixer.__doc__
+
+
+def test_positions_follow_the_tokens():
+    layout = Layout(2, (Grid(9, 20),))
+    moved = flux_positions(layout)[layout.index_to(TILE)]
+    assert torch.equal(moved, flux_positions(layout.with_tile(TILE)))
