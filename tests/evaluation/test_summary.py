@@ -113,6 +113,12 @@ def test_velocity_error_is_its_definition_on_noised_teacher_samples(student, tea
     assert found == pytest.approx(torch.stack(ratios).mean().item(), rel=1e-4)
 
 
+def test_pictures_of_other_prompts_are_not_judged(student, teacher, settings, judge):
+    found = compare(student, teacher, settings, judge=judge, prompts=["a photo of a cat"] * 5)
+    for model in MODELS:
+        assert found.numbers[model]["scene_accuracy"] is None and found.numbers[model]["frechet_distance"] is None
+
+
 def test_untrained_student_has_the_teacher_s_weights_and_the_student_s_plan(student, teacher):
     untrained = untrained_student(teacher, student, seed=0)
     assert untrained.config.linearize_plan == student.config.linearize_plan

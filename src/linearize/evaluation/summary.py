@@ -172,7 +172,8 @@ def _teacher_numbers(
 def _picture_numbers(images: Tensor, references: Tensor, prompts: Sequence[str], judge: Judge | None) -> dict[str, Any]:
     scenes = scene_numbers(judge, images, prompts)
     distance = None
-    if judge is not None:
+    # The judge's features mean something for scenes alone.
+    if judge is not None and scenes.scene_accuracy is not None:
         distance = frechet_distance(judge_features(judge, images), judge_features(judge, references))
     return {
         "scene_accuracy": scenes.scene_accuracy,
