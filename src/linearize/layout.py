@@ -108,9 +108,11 @@ def _tiles_of(tokens: Tensor, grid: Grid, tile: tuple[int, int] | None) -> list[
     ]
 
 
-# The tables are built outside inference mode: one that is first made while sampling is used for training later.
+# The tables are built outside inference mode, as one that is first made while sampling is used for training later, and
+# outside compilers, which would unroll them.
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=64)
 def _raster_to_tile(grids: tuple[Grid, ...], tile: tuple[int, int] | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
@@ -123,12 +125,14 @@ def _raster_to_tile(grids: tuple[Grid, ...], tile: tuple[int, int] | None, devic
         return torch.cat(parts).to(device)
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=64)
 def _tile_to_raster(grids: tuple[Grid, ...], tile: tuple[int, int] | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.argsort(_raster_to_tile(grids, tile, torch.device("cpu"))).to(device)
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=64)
 def _index_between(layout: Layout, tile: tuple[int, int] | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):

@@ -321,6 +321,19 @@ def test_fused_projections_and_attention_backends_work(student, predict, mixer):
     assert torch.equal(predict(transformer), expected)
 
 
+@pytest.mark.parametrize(("mixer", "fullgraph"), [("softmax", True), ("clear", False)])
+def test_compiled_blocks_compute_the_same(student, predict, mixer, fullgraph):
+    transformer = student(mixer)
+    expected = predict(transformer)
+    gradients = torch.autograd.grad(expected.sum(), list(transformer.parameters()), allow_unused=True)
+    transformer.compile_repeated_blocks(fullgraph=fullgraph, backend="eager")
+    compiled = predict(transformer)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-6)
+    again = torch.autograd.grad(compiled.sum(), list(transformer.parameters()), allow_unused=True)
+    torch.testing.assert_close(again, gradients, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", ["softmax", "clear"])
 def test_lora_loads_scales_fuses_and_unloads(student, predict, mixer):

@@ -9,6 +9,7 @@ from linearize.errors import LinearizeError
 from linearize.layout import Grid
 
 
+@torch.compiler.disable
 def grids_from_ids(ids: Tensor) -> tuple[Grid, ...]:
     """The image grids of position ids in raster order.
 

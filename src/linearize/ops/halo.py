@@ -15,6 +15,8 @@ from linearize.ops.dense_attention import match_heads
 from linearize.ops.halo_tables import TileBatch, halo_tables
 
 
+# A compiler would unroll the tables of every new grid; SDPA, where the time goes, gains nothing from being compiled.
+@torch.compiler.disable
 def halo_attention(
     query: Tensor,
     key: Tensor,
@@ -89,7 +91,7 @@ def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
 
 
 def _without_blind(output: Tensor, mask: Tensor) -> Tensor:
-    """Zeros for queries that see no key: output [batch, queries, heads, head_dim], mask [batch, 1, 1 or queries, keys]."""
+    """Zeros for queries that see no key: mask [batch, 1, 1 or queries, keys], output [batch, queries, heads, ...]."""
     return output.masked_fill((mask == float("-inf")).all(dim=-1).transpose(1, 2)[..., None], 0.0)
 
 

@@ -1,0 +1,58 @@
+"""The guides for adding a mixer or a backbone, run as a reader would follow them."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from contexts import SHAPE, flux_context, random_tokens
+from omegaconf import OmegaConf
+
+import linearize.mixers
+from linearize.layout import Grid, Layout
+from linearize.mixers import build_mixer, mixer_defaults, mixer_names
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(guide, language):
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / guide).read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def row_mixer(tmp_path, monkeypatch):
+    """The guide's mixer, in a folder that the package looks into."""
+    (tmp_path / "row.py").write_text(blocks("adding_a_mixer.md", "python")[0])
+    monkeypatch.setattr(linearize.mixers, "__path__", [*linearize.mixers.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    yield "row"
+    sys.modules.pop("linearize.mixers.row", None)
+
+
+def test_the_guides_mixer_is_found_and_its_yaml_repeats_its_defaults(row_mixer):
+    assert row_mixer in mixer_names()
+    config = OmegaConf.create(blocks("adding_a_mixer.md", "yaml")[0])
+    assert OmegaConf.to_container(config.mixer, resolve=True) == {"name": "row", **mixer_defaults(row_mixer)}
+
+
+def test_the_guides_mixer_does_what_it_says(row_mixer):
+    layout = Layout(2, (Grid(5, 7),))
+    query, key, value = random_tokens(layout)
+    mixer = build_mixer(row_mixer, SHAPE, {"reach": 1})
+    output = mixer(query, key, value, flux_context(layout))
+    output[:, :, 2 + 7].sum().backward()
+    assert value.grad[0, 0, :, 0].ne(0).tolist() == [True] * 2 + [True] * 21 + [False] * 14
+    everything = build_mixer(row_mixer, SHAPE, {"reach": 4})
+    assert everything.flops(layout) == build_mixer("softmax", SHAPE, {}).flops(layout)
+
+
+def test_the_guides_calls_run(row_mixer, tiny_pipeline, capsys):
+    exec(blocks("adding_a_backbone.md", "python")[0], {"pipeline": tiny_pipeline})
+    exec(blocks("adding_a_mixer.md", "python")[1], {"pipeline": tiny_pipeline})
+    printed = capsys.readouterr().out
+    assert "flux ['transformer_blocks.0.attn'" in printed
+    assert "row(reach=1) in 4" in printed
+    picture = tiny_pipeline("a red circle", height=32, width=48, num_inference_steps=1, output_type="pt").images
+    assert torch.isfinite(picture).all()
