@@ -434,7 +434,7 @@ def test_the_model_card_has_the_numbers_of_the_summary(student):
     }
     summary = {**dict.fromkeys(("teacher", "untrained", "student"), numbers), **facts}
     card = model_card(student.transformer, "FluxPipeline", form="local", summary=summary)
-    for number in ("50.0 % [25.0, 75.0], n=8", "-1.5", "20.25", "0.125", "0.375", "1,234", "60.5", "2.5"):
+    for number in ("50.0 % [25.0, 75.0] n=8", "-1.5", "20.25", "0.125", "0.375", "1,234", "60.5", "2.5"):
         assert f"| {number} |" in card
 
 
