@@ -1,6 +1,7 @@
 """Generation: real processes that are killed and go on, and samples that the stock pipeline makes again."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+from hydra import compose, initialize_config_dir
 
+from linearize.config import build_prompts, register_resolvers, user_errors
 from linearize.data.ensure import ensure_samples
 from linearize.data.generation import GenerationSettings, generate_samples, sample_specs
 from linearize.data.prompts import prompt_source
 from linearize.data.shards import ShardRange, read_shard, shard_ranges
 from linearize.data.store import SampleStore
 from linearize.errors import LinearizeError
+from linearize.generate import generate
 from linearize.teachers import Teacher, load_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,12 +123,31 @@ def test_ctrl_c_says_how_to_go_on(tiny_flux_folder, tmp_path):
     assert len(SampleStore(tmp_path)) < NUM_SAMPLES
 
 
-def test_the_script_tells_a_mistake_in_one_sentence(tmp_path):
-    process = _start(tmp_path / "none", tmp_path / "out")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert errors.count("error: ") == 1 and "is no pipeline folder" in errors and "Traceback" not in errors
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.path=none", "out=somewhere"], "is no pipeline folder"),
+        ([], r"out is not set"),
+        (["out=somewhere", "num_samples=none"], "num_samples=none must be a whole number"),
+        (["out=somewhere", "prompts.source=text", "prompts.path=none.txt"], r"none\.txt cannot be read"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(tmp_path, capsys, overrides, message):
+    register_resolvers(ROOT)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("generate", overrides=[f"root={tmp_path}", *overrides])
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        generate(config)
+    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_prompts_are_found_under_the_root(tmp_path):
+    (tmp_path / "mine.txt").write_text("a cat\n")
+    register_resolvers(ROOT)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("generate", overrides=[f"root={tmp_path}", "prompts=text", "prompts.path=mine.txt"])
+    assert build_prompts(config.prompts, config.root).prompts(0, 2) == ["a cat", "a cat"]
 
 
 def test_the_stock_pipeline_makes_a_stored_sample_again(tiny_flux_folder, whole_store):

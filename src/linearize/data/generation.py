@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,12 @@ def _sample(
 
 
 def _make_shard(
-    teacher: Teacher, source: PromptSource, settings: GenerationSettings, folder: Path, wanted: ShardRange, advance
+    teacher: Teacher,
+    source: PromptSource,
+    settings: GenerationSettings,
+    folder: Path,
+    wanted: ShardRange,
+    advance: Callable[[int], None],
 ) -> None:
     specs = sample_specs(settings, source, wanted)
     encoded = _encode(teacher, [spec.prompt for spec in specs], settings)
@@ -269,19 +274,15 @@ def _progress(enabled: bool) -> Progress:
     )
 
 
-def _own_ranges(folder: Path, wanted: ShardRange, shard_size: int, rank: int, world_size: int) -> list[ShardRange]:
-    """What this process has to make: of the shards rank, rank + world_size, ... what is not there yet.
+def _own_ranges(missing: Iterable[ShardRange], shard_size: int, rank: int, world_size: int) -> Iterator[ShardRange]:
+    """What of the missing samples this process makes: those in the shards rank, rank + world_size, ...
 
-    Shards are cut at fixed indices, so that processes which look at the folder at different times still never share
-    one.
+    Shards are cut at fixed indices, so processes that look at the folder at different times still never share one.
     """
-    present = shard_ranges(folder)
-    own = []
-    for number in range(wanted.start // shard_size, -(-wanted.stop // shard_size)):
-        if number % world_size == rank:
-            cut = ShardRange(max(number * shard_size, wanted.start), min((number + 1) * shard_size, wanted.stop))
-            own.extend(missing_ranges(cut, present))
-    return own
+    for part in missing:
+        for number in range(part.start // shard_size, -(-part.stop // shard_size)):
+            if number % world_size == rank:
+                yield ShardRange(max(number * shard_size, part.start), min((number + 1) * shard_size, part.stop))
 
 
 def generate_samples(
@@ -324,9 +325,10 @@ def generate_samples(
         write_json(folder / DESCRIPTION, description)
     for present in shard_ranges(folder):
         read_shard(folder / present.file_name, ["index"])
-    own = _own_ranges(folder, wanted, settings.shard_size, rank, world_size)
-    total = sum(len(part) for part in own)
-    require_disk_space(folder, total * _bytes_per_sample(teacher, settings))
+    missing = missing_ranges(wanted, shard_ranges(folder))
+    require_disk_space(folder, sum(map(len, missing)) * _bytes_per_sample(teacher, settings))
+    own = list(_own_ranges(missing, settings.shard_size, rank, world_size))
+    total = sum(map(len, own))
     with _progress(progress and total > 0) as bar:
         task = bar.add_task("generating", total=total)
         for part in own:
