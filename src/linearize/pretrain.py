@@ -17,7 +17,7 @@ from linearize.distillation.checkpoint import SUFFIX, SafetensorsCheckpointIO
 from linearize.errors import LinearizeError
 from linearize.files import atomic_folder, read_json, write_json
 from linearize.scenes.accuracy import judge_pipeline
-from linearize.scenes.autoencoder_stage import AutoencoderStage
+from linearize.scenes.autoencoder_stage import AutoencoderStage, quiet_posterior
 from linearize.scenes.grammar import prompts, words
 from linearize.scenes.judge import Judge
 from linearize.scenes.judge_stage import JudgeStage, judge_accuracy
@@ -124,6 +124,7 @@ def _pipeline(cfg: DictConfig) -> FluxPipeline:
     parts = OmegaConf.to_container(cfg.architecture, resolve=True)
     pipeline = build_flux_pipeline(words(), seed=cfg.seed, **parts)
     zero_initialize_gates(pipeline.transformer)
+    quiet_posterior(pipeline.vae)
     return pipeline
 
 

@@ -102,7 +102,11 @@ class LatentPool:
     @torch.no_grad()
     def _encode(self, num: int, generator: torch.Generator) -> EncodedScenes:
         device = generator.device
-        scenes = sample_scenes(num, generator)
+        # Scenes and captions are drawn on the CPU, so that no step waits for the GPU.
+        text_generator = torch.Generator().manual_seed(generator.initial_seed() % 2**62)
+        drawn = sample_scenes(num, text_generator)
+        t5_tokens, clip_tokens = self.captioner(captions(drawn, text_generator), device)
+        scenes = drawn.to(device)
         images, coverage = render(scenes, sample_placement(scenes, generator), self.side, self.side)
         config = self.autoencoder.config
         posterior = self.autoencoder.encode((images * 2 - 1).to(self.autoencoder.dtype)).latent_dist
@@ -110,8 +114,6 @@ class LatentPool:
         share = functional.avg_pool2d(coverage, 8).flatten(2)
         background = 1 - share.sum(dim=1, keepdim=True)
         owner = torch.cat([background, share], dim=1).argmax(dim=1).to(torch.uint8)
-        text_generator = torch.Generator().manual_seed(generator.initial_seed() % 2**62)
-        t5_tokens, clip_tokens = self.captioner(captions(scenes.to("cpu"), text_generator), device)
         return EncodedScenes(latents.to(torch.bfloat16), owner, scenes, t5_tokens, clip_tokens)
 
 

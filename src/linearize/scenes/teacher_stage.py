@@ -117,6 +117,7 @@ class TeacherStage(Stage):
         self.compile_blocks = compile_blocks
         self.read_out = nn.Linear(self.transformer.inner_dim, len(SHAPES) + len(COLOURS) + len(TEXTURES) + 3)
         self.captioner = Captioner(pipeline.tokenizer, pipeline.tokenizer_2)
+        self.empty_caption = self.captioner([""], torch.device("cpu"))
         self.pool_capacity = pool_capacity
         self.pool_reuse = pool_reuse
         self.pools: dict[int, LatentPool] = {}
@@ -203,7 +204,7 @@ class TeacherStage(Stage):
         return self.pools[side]
 
     def _tokens(self, t5_tokens: Tensor, clip_tokens: Tensor, dropped: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        empty_t5, empty_clip = self.captioner([""], t5_tokens.device)
+        empty_t5, empty_clip = (ids.to(t5_tokens.device) for ids in self.empty_caption)
         t5_tokens = torch.where(dropped[:, None], empty_t5, t5_tokens)
         clip_tokens = torch.where(dropped[:, None], empty_clip, clip_tokens)
         padding = self.captioner.t5_tokenizer.pad_token_id
