@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from contexts import SHAPE, flux_context, random_tokens
 from omegaconf import OmegaConf
 
 import linearize.mixers
+from contexts import SHAPE, flux_context, random_tokens
 from linearize.layout import Grid, Layout
 from linearize.mixers import build_mixer, mixer_defaults, mixer_names
 
