@@ -15,8 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from linearize.data.ensure import ensure_samples
-from linearize.data.generation import GenerationSettings
 from linearize.data.prompts import PromptSource, prompt_source
+from linearize.data.settings import GenerationSettings
 from linearize.errors import LinearizeError
 from linearize.teachers import Teacher, load_teacher
 

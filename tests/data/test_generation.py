@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from hydra import compose, initialize_config_dir
 
 from linearize.config import build_prompts, register_resolvers, user_errors
 from linearize.data.ensure import ensure_samples
-from linearize.data.generation import GenerationSettings, generate_samples, sample_specs
+from linearize.data.generation import generate_samples
 from linearize.data.prompts import prompt_source
+from linearize.data.settings import GenerationSettings, sample_specs
 from linearize.data.shards import ShardRange, read_shard, shard_ranges
 from linearize.data.store import SampleStore
 from linearize.errors import LinearizeError
@@ -172,6 +174,15 @@ def test_the_stock_pipeline_makes_a_stored_sample_again(tiny_flux_folder, whole_
         embeddings = pipeline.encode_prompt(row["prompt"], None, max_sequence_length=row["max_sequence_length"])
         torch.testing.assert_close(embeddings[0][0].bfloat16(), row["prompt_embeds"], rtol=2**-7, atol=1e-4)
         torch.testing.assert_close(embeddings[1][0].bfloat16(), row["pooled_prompt_embeds"], rtol=2**-7, atol=1e-4)
+
+
+def test_runs_side_by_side_make_no_sample_twice(tiny_flux_folder, tmp_path):
+    def run(own: Teacher) -> int:
+        return generate_samples(own, SOURCE, _settings(), tmp_path, num_samples=12, progress=False)
+
+    teachers = [load_teacher(tiny_flux_folder, dtype="float32", device="cpu") for _ in range(2)]
+    with ThreadPoolExecutor(2) as runs:
+        assert sorted(runs.map(run, teachers)) == [0, 12]
 
 
 def test_rows_say_how_they_were_made(teacher, whole_store):

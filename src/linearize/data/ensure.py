@@ -7,14 +7,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from linearize.data.generation import (
-    GenerationSettings,
-    check_same_origin,
-    describe,
-    generate_samples,
-    wait_for_samples,
-)
+from linearize.data.description import check_same_origin, describe
+from linearize.data.generation import generate_samples, wait_for_samples
 from linearize.data.prompts import PromptSource
+from linearize.data.settings import GenerationSettings
 from linearize.data.shards import ShardRange, missing_ranges, shard_ranges
 from linearize.data.store import SampleStore
 from linearize.errors import LinearizeError

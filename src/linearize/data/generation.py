@@ -1,16 +1,13 @@
-"""The teacher samples its own training set: what each sample is, and the loop that writes shard after shard.
+"""The teacher samples its own training set: the loop that writes shard after shard, alone or beside others."""
 
-Sample i is a function of i and the settings alone: its prompt, its seed, its size and its guidance. So any sample can
-be made again by a stock pipeline call, and a run that was killed, or goes on with other processes, makes exactly what
-is missing.
-"""
-
+import contextlib
+import fcntl
 import logging
-import random
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,125 +16,15 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from linearize.data.description import DESCRIPTION, check_same_origin, describe
 from linearize.data.prompts import PromptSource
+from linearize.data.settings import GenerationSettings, SampleSpec, sample_specs
 from linearize.data.shards import DTYPES, ShardRange, missing_ranges, read_shard, shard_ranges, write_shard
 from linearize.errors import LinearizeError
-from linearize.files import read_json, require_disk_space, write_json
+from linearize.files import require_disk_space, write_json
 from linearize.teachers import Teacher
 
-DESCRIPTION = "store.json"
-FORMAT = 1
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A picture size in pixels and how often it is drawn."""
-
-    height: int
-    width: int
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How samples are made; see configs/generation/default.yaml."""
-
-    seed: int
-    buckets: tuple[Bucket, ...]
-    guidance_values: tuple[float, ...]
-    num_inference_steps: int
-    max_sequence_length: int
-    prompt_dropout: float
-    dtype: str
-    shard_size: int
-    batch_size: int
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "GenerationSettings":
-        """Reads and checks a config.
-
-        Raises:
-            LinearizeError: a value is out of its range.
-        """
-        config = dict(config)
-        guidance = _guidance_values(config.pop("guidance_scale"))
-        settings = cls(buckets=_buckets(config.pop("buckets")), guidance_values=guidance, **config)
-        settings.check()
-        return settings
-
-    def check(self) -> None:
-        """Raises LinearizeError for a value out of its range."""
-        for name in ("num_inference_steps", "max_sequence_length", "shard_size", "batch_size"):
-            require_positive(f"generation.{name}", getattr(self, name))
-        if not isinstance(self.prompt_dropout, int | float) or not 0 <= self.prompt_dropout <= 1:
-            raise LinearizeError(
-                f"generation.prompt_dropout={self.prompt_dropout} is a share: use a number from 0 to 1."
-            )
-        if self.dtype not in DTYPES:
-            raise LinearizeError(f"generation.dtype={self.dtype} is unknown: use one of {', '.join(DTYPES)}.")
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the content of samples, as JSON; how they are cut into shards and batches does not."""
-        content = asdict(self)
-        del content["shard_size"], content["batch_size"]
-        content["buckets"] = [asdict(bucket) for bucket in self.buckets]
-        content["guidance_values"] = list(self.guidance_values)
-        return content
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Raises LinearizeError if a number of things is no whole number from 1 on."""
-    if not isinstance(value, int) or value < 1:
-        raise LinearizeError(f"{name}={value} must be a whole number of at least 1.")
-
-
-def _buckets(listed: Any) -> tuple[Bucket, ...]:
-    try:
-        buckets = tuple(Bucket(**bucket) for bucket in listed)
-        if not buckets or any(min(bucket.height, bucket.width, bucket.weight) <= 0 for bucket in buckets):
-            raise ValueError
-    except (TypeError, ValueError) as error:
-        raise LinearizeError(
-            f"generation.buckets={listed} must list one or more {{height, width, weight}} of positive numbers."
-        ) from error
-    return buckets
-
-
-def _guidance_values(guidance: float | Mapping[str, Any]) -> tuple[float, ...]:
-    # A range is a few even steps, because one stock pipeline call has one guidance for its whole batch.
-    if isinstance(guidance, int | float):
-        return (float(guidance),)
-    if not isinstance(guidance, Mapping) or set(guidance) != {"low", "high", "num_values"}:
-        raise LinearizeError(
-            f"generation.guidance_scale={guidance} is no range: use a number or {{low, high, num_values}}."
-        )
-    require_positive("generation.guidance_scale.num_values", guidance["num_values"])
-    return tuple(float(value) for value in np.linspace(guidance["low"], guidance["high"], guidance["num_values"]))
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """What a stock pipeline call needs to make one sample, but for steps and text length, which all samples share."""
-
-    index: int
-    prompt: str
-    seed: int
-    height: int
-    width: int
-    guidance: float
-
-
-def sample_specs(settings: GenerationSettings, source: PromptSource, wanted: ShardRange) -> list[SampleSpec]:
-    """What the samples of a range are."""
-    specs = []
-    for index, prompt in zip(range(wanted.start, wanted.stop), source.prompts(wanted.start, wanted.stop), strict=True):
-        draw = random.Random(f"{settings.seed}/{index}")
-        bucket = draw.choices(settings.buckets, [bucket.weight for bucket in settings.buckets])[0]
-        guidance = draw.choice(settings.guidance_values)
-        kept = "" if draw.random() < settings.prompt_dropout else prompt
-        specs.append(SampleSpec(index, kept, settings.seed + index, bucket.height, bucket.width, guidance))
-    return specs
 
 
 def _batches(specs: list[SampleSpec], batch_size: int) -> Iterator[list[SampleSpec]]:
@@ -221,46 +108,6 @@ def _make_shard(
     write_shard(folder, [asdict(spec) | shared for spec in specs], tensors, settings.dtype)
 
 
-def describe(teacher: Teacher, source: PromptSource, settings: GenerationSettings) -> dict[str, Any]:
-    """The content of store.json."""
-    return {
-        "format": FORMAT,
-        "teacher": teacher.name,
-        "revision": teacher.revision,
-        "weight_hash": teacher.weight_hash,
-        "prompts": source.description,
-        "generation": settings.identity(),
-    }
-
-
-def check_same_origin(folder: Path, description: Mapping[str, Any]) -> None:
-    """Checks that a store's samples and new ones would be samples of one kind.
-
-    Raises:
-        LinearizeError: the store was made by another teacher, from other prompts or with other settings.
-    """
-    present = read_json(folder / DESCRIPTION)
-    if present["weight_hash"] != description["weight_hash"]:
-        raise wrong_teacher(folder, present, description["teacher"], description["weight_hash"])
-    for part in ("prompts", "generation"):
-        for key in sorted({*present[part], *description[part]}):
-            before, now = present[part].get(key), description[part].get(key)
-            if before != now:
-                raise LinearizeError(
-                    f"{folder} was made with {part}.{key}={before}, not {now}: use that value, or choose another "
-                    "folder for new samples."
-                )
-
-
-def wrong_teacher(folder: Path, present: Mapping[str, Any], name: str, weight_hash: str) -> LinearizeError:
-    """The error of a store that another teacher made."""
-    return LinearizeError(
-        f"{folder} holds samples of the teacher {present['teacher']} (weights {present['weight_hash'][:12]}), but "
-        f"the teacher is {name} "
-        f"(weights {weight_hash[:12]}): use that teacher, or data=generated to let this one make its own samples."
-    )
-
-
 def _progress(enabled: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -316,24 +163,45 @@ def generate_samples(
     Raises:
         LinearizeError: the folder holds samples of another kind or a damaged shard, or the disk has no room.
     """
-    folder = Path(folder)
-    wanted = ShardRange(start, num_samples)
-    description = describe(teacher, source, settings)
+    folder, wanted = Path(folder), ShardRange(start, num_samples)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, shared=world_size > 1):
+        _open_store(folder, describe(teacher, source, settings))
+        missing = missing_ranges(wanted, shard_ranges(folder))
+        require_disk_space(folder, sum(map(len, missing)) * _bytes_per_sample(teacher, settings))
+        own = list(_own_ranges(missing, settings.shard_size, rank, world_size))
+        total = sum(map(len, own))
+        with _progress(progress and total > 0) as bar:
+            task = bar.add_task("generating", total=total)
+            for part in own:
+                _make_shard(teacher, source, settings, folder, part, lambda num: bar.advance(task, num))
+    return total
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, shared: bool) -> Iterator[None]:
+    """Keeps runs that do not share the work, such as the jobs of a sweep, from making the same samples twice."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("Another process generates into %s: waiting for it.", folder)
+            fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_store(folder: Path, description: Mapping[str, Any]) -> None:
+    """Begins a store, or checks that the one that is there is whole and of the same kind."""
     if (folder / DESCRIPTION).exists():
         check_same_origin(folder, description)
     else:
         write_json(folder / DESCRIPTION, description)
     for present in shard_ranges(folder):
         read_shard(folder / present.file_name, ["index"])
-    missing = missing_ranges(wanted, shard_ranges(folder))
-    require_disk_space(folder, sum(map(len, missing)) * _bytes_per_sample(teacher, settings))
-    own = list(_own_ranges(missing, settings.shard_size, rank, world_size))
-    total = sum(map(len, own))
-    with _progress(progress and total > 0) as bar:
-        task = bar.add_task("generating", total=total)
-        for part in own:
-            _make_shard(teacher, source, settings, folder, part, lambda num: bar.advance(task, num))
-    return total
 
 
 def _bytes_per_sample(teacher: Teacher, settings: GenerationSettings) -> int:

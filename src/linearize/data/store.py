@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from linearize.data.generation import DESCRIPTION, FORMAT, wrong_teacher
+from linearize.data.description import read_description, wrong_teacher
 from linearize.data.order import Rows, prompt_keys
 from linearize.data.shards import read_shard, read_tensor, shard_ranges, tensor_names
 from linearize.errors import LinearizeError
-from linearize.files import read_json
 
 
 class SampleStore:
@@ -41,7 +40,7 @@ class SampleStore:
         Raises:
             LinearizeError: a folder is no store or empty, a shard is damaged, or folders are of different teachers.
         """
-        self.descriptions = [_read_description(Path(folder)) for folder in folders]
+        self.descriptions = [read_description(Path(folder)) for folder in folders]
         for folder, description in zip(folders[1:], self.descriptions[1:], strict=True):
             if description["weight_hash"] != self.descriptions[0]["weight_hash"]:
                 raise wrong_teacher(
@@ -116,18 +115,3 @@ class SampleStore:
             "index": torch.tensor([row["index"] for row in rows]),
             "prompt": [row["prompt"] for row in rows],
         }
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    if not (folder / DESCRIPTION).is_file():
-        raise LinearizeError(
-            f"{folder} is no store of samples (it has no {DESCRIPTION}): run scripts/generate_data.py out={folder}, "
-            "or set data=generated."
-        )
-    description = read_json(folder / DESCRIPTION)
-    if description.get("format") != FORMAT:
-        raise LinearizeError(
-            f"{folder} has the format {description.get('format')} and this version reads {FORMAT}: generate the "
-            "samples again."
-        )
-    return description
