@@ -50,7 +50,9 @@ class InterruptAt(lightning.Callback):
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.pressed = False
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *unused: Any) -> None:
-        if trainer.global_step == self.step - 1:
+        if trainer.global_step == self.step - 1 and not self.pressed:
+            self.pressed = True
             os.kill(os.getpid(), signal.SIGINT)

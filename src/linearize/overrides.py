@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,7 +20,9 @@ _MULTIRUN = {"-m", "--multirun"}
 
 @contextlib.contextmanager
 def override_errors(config_folder: str | Path, config_name: str) -> Iterator[None]:
-    """Prints what is wrong with the command line and exits with 2; in a multirun the exception goes on.
+    """Prints what is wrong with the command line and exits with 2, before anything runs.
+
+    A sweep is composed as a whole before its first job, so a knob that one of its points lacks is told here too.
 
     Args:
         config_folder: Folder of the configs.
@@ -31,8 +33,6 @@ def override_errors(config_folder: str | Path, config_name: str) -> Iterator[Non
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        if _MULTIRUN & set(sys.argv):
-            raise
         sys.stderr.write(f"error: {describe(error, Path(config_folder), config_name, sys.argv[1:])}\n")
         sys.exit(2)
 
@@ -44,7 +44,12 @@ def describe(error: Exception, config_folder: Path, config_name: str, arguments:
         close = difflib.get_close_matches(choice, error.options, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{group}={choice} does not exist{hint}: choose {group}= one of {', '.join(error.options)}."
+    if isinstance(error, OverrideParseException):
+        reason = str(error.message).splitlines()[0]
+        return f"{error.override} cannot be read ({reason}): write key=value, and quote brackets and commas in values."
     unknown = _UNKNOWN_KEY.search(str(error))
+    if unknown is not None and _MULTIRUN & set(arguments):
+        return f"{unknown.group(1)} is no setting of every point of this sweep: sweep only over choices that have it."
     if unknown is not None:
         config = _compose_without(unknown.group(1), config_folder, config_name, arguments)
         return _describe_unknown_key(unknown.group(1), config)

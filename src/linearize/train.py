@@ -11,7 +11,7 @@ from typing import Any, cast
 import lightning
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from linearize.config import build_data, build_teacher, plain
@@ -62,11 +62,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     is_first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
     if is_first:
         Console().print(str(surgery_report(module.student)), highlight=False, soft_wrap=True)
+    # Whatever can be wrong is built before hours of work begin.
+    callbacks, judge = build_callbacks(cfg, teacher), load_judge(cfg, teacher)
     data = build_data(cfg, teacher, progress=is_first)
-    metrics, training = fit(cfg, teacher, data, module, checkpoint)
+    metrics, training = fit(cfg, callbacks, data, module, checkpoint)
     if is_first:
         student = finished_student(module, teacher)
-        summary = evaluate_run(cfg, teacher, data, student, settings, training) if cfg.evaluate else None
+        summary = evaluate_run(cfg, teacher, data, student, settings, judge, training) if cfg.evaluate else None
         if cfg.export is not None:
             folder = Path(cfg.run_dir) / "student"
             export_student(with_transformer(teacher.pipeline, student), folder, form=cfg.export, summary=summary)
@@ -112,7 +114,7 @@ def layer_rules(cfg: DictConfig) -> list[dict[str, Any]]:
     if cfg.plan is None:
         mixer = plain(cfg.mixer)
         return [{"layers": list(cfg.layers), "mixer": mixer.pop("name"), **mixer}]
-    rules = OmegaConf.to_container(cfg.plan, resolve=True)
+    rules = OmegaConf.to_container(cfg.plan, resolve=True) if isinstance(cfg.plan, ListConfig) else cfg.plan
     if not isinstance(rules, list) or not all(isinstance(rule, dict) and "mixer" in rule for rule in rules):
         raise LinearizeError(
             f"plan={rules} is no list of rules: set plan=[{{layers: transformer_blocks.*, mixer: clear, window: 16}}]."
@@ -147,14 +149,17 @@ def build_module(
 
 
 def fit(
-    cfg: DictConfig, teacher: Teacher, data: SampleDataModule, module: DistillationModule, checkpoint: Path | None
+    cfg: DictConfig,
+    callbacks: dict[str, Any],
+    data: SampleDataModule,
+    module: DistillationModule,
+    checkpoint: Path | None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Trains; returns the metrics, and what the training cost ("train_seconds", "samples_per_second").
 
     Raises:
         KeyboardInterrupt: the user stopped the training; everything is in the checkpoint.
     """
-    callbacks = build_callbacks(cfg, teacher)
     trainer = instantiate(
         cfg.trainer,
         callbacks=list(callbacks.values()),
@@ -169,7 +174,10 @@ def fit(
         max_epochs=-1,
     )
     start = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
+        raise KeyboardInterrupt("Stopped at once; the steps since the last checkpoint are lost.") from stop
     training = {"train_seconds": time.perf_counter() - start}
     for callback in callbacks.values():
         if isinstance(callback, Progress) and callback.samples_per_second is not None:
@@ -183,6 +191,18 @@ def fit(
     if data.val_rows.size:
         metrics |= trainer.validate(module, data, verbose=False)[0]
     return metrics, training
+
+
+def is_of_scenes(cfg: DictConfig) -> bool:
+    """Whether the teacher paints scenes of the grammar, which the judge can read."""
+    return cfg.teacher.hub_id is None and cfg.teacher.random is None and cfg.data.prompts.source == "scenes"
+
+
+def load_judge(cfg: DictConfig, teacher: Teacher) -> Judge | None:
+    """The judge of the config, where there is something for it to judge."""
+    if cfg.judge is None or not cfg.evaluate or not is_of_scenes(cfg):
+        return None
+    return Judge.load(cfg.judge, teacher.pipeline.device)
 
 
 def build_callbacks(cfg: DictConfig, teacher: Teacher) -> dict[str, lightning.Callback]:
@@ -219,17 +239,17 @@ def evaluate_run(
     data: SampleDataModule,
     student: torch.nn.Module,
     settings: EvaluationSettings,
+    judge: Judge | None,
     training: dict[str, float],
 ) -> dict[str, Any]:
-    """Measures the student on held-out prompts: of the scenes grammar for the scenes teacher, else of its samples."""
-    scenes = cfg.teacher.hub_id is None and cfg.teacher.random is None and cfg.data.prompts.source == "scenes"
+    """Measures the student on held-out prompts: of the scenes grammar where it paints scenes, else its samples'."""
     return summarize_run(
         student,
         teacher,
         settings,
         folder=cfg.run_dir,
-        judge=Judge.load(cfg.judge, teacher.pipeline.device) if scenes and cfg.judge is not None else None,
-        prompts=None if scenes else data.held_out_prompts(settings.num_prompts),
+        judge=judge,
+        prompts=None if is_of_scenes(cfg) else data.held_out_prompts(settings.num_prompts),
         training=training,
         reference_folder=cfg.reference_folder,
     )

@@ -100,8 +100,15 @@ class SafetensorsCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint on the CPU, whatever `map_location`: Lightning moves each part to its device."""
-        return read_checkpoint(path)
+        """Reads a checkpoint on the CPU, whatever `map_location`: Lightning moves each part to its device.
+
+        Raises:
+            LinearizeError: it cannot be read, or training did not write it.
+        """
+        checkpoint = read_checkpoint(path)
+        if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+            raise LinearizeError(f"{path} was not written by training: resume from another one, or start without resume.")
+        return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint."""

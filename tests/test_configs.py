@@ -1,0 +1,161 @@
+"""Every config composes into what the code builds, and mistakes on the command line are told in one sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from linearize.distillation.losses import LossTerm
+from linearize.errors import LinearizeError
+from linearize.overrides import describe
+from linearize.train import build_stages, layer_rules, resolve_precision, train
+from runs import ROOT, compose_train
+
+CONFIGS = ROOT / "configs"
+GROUPS = (
+    *("teacher", "data", "mixer", "loss", "optimizer", "schedule", "sigma"),
+    *("trainer", "callbacks", "logger", "evaluation", "experiment", "debug"),
+)
+CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+
+
+def test_every_group_has_choices() -> None:
+    assert {group for group, _ in CHOICES} == set(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}={choice}" for group, choice in CHOICES])
+def test_every_choice_composes_and_builds(group: str, choice: str, tmp_path: Path) -> None:
+    overrides = [f"{group}={choice}", *(["data.path=samples"] if choice == "store" else [])]
+    cfg = compose_train(*overrides, run_dir=tmp_path)
+    resolved = resolve_precision(cfg)
+    OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
+    assert resolved.trainer.precision in ("32-true", "bf16-mixed")
+    assert sum(stage.num_steps for stage in build_stages(cfg)) == cfg.trainer.max_steps
+    assert all(isinstance(term, LossTerm) for stage in build_stages(cfg) for term in stage.terms.values())
+    assert layer_rules(cfg)[0]["mixer"] == cfg.mixer.name
+    for name in ("optimizer", "schedule", "sigma"):
+        assert callable(instantiate(cfg[name]))
+    for callback in cfg.callbacks.values():
+        instantiate(callback)
+
+
+def test_the_loss_of_clear_is_weighted_as_published(tmp_path: Path) -> None:
+    (stage,) = build_stages(compose_train("loss=clear", run_dir=tmp_path))
+    weights = {name: term.weight for name, term in stage.terms.items()}
+    assert weights == {"flow_matching": 1.0, "prediction": 0.5, "attention_output": 0.5}
+
+
+def test_plans_and_layers(tmp_path: Path) -> None:
+    cfg = compose_train("window=16", "layers=[single_transformer_blocks.*]", run_dir=tmp_path)
+    assert layer_rules(cfg) == [
+        {"layers": ["single_transformer_blocks.*"], "mixer": "clear", "window": 16, "downsample": 1}
+    ]
+    rules = "[{layers: transformer_blocks.*, mixer: clear, window: 4}, {layers: [single*], mixer: softmax}]"
+    assert layer_rules(compose_train(f"plan={rules}", run_dir=tmp_path)) == [
+        {"layers": "transformer_blocks.*", "mixer": "clear", "window": 4},
+        {"layers": ["single*"], "mixer": "softmax"},
+    ]
+    with pytest.raises(LinearizeError, match="is no list of rules"):
+        layer_rules(compose_train("plan=clear", run_dir=tmp_path))
+
+
+def test_precisions_that_are_not_supported(tmp_path: Path) -> None:
+    with pytest.raises(LinearizeError, match=r"trainer\.precision=16-mixed is unknown: use auto, 32-true"):
+        resolve_precision(compose_train("trainer.precision=16-mixed", run_dir=tmp_path))
+    cfg = compose_train("trainer.precision=bf16-mixed", "trainer.accelerator=cpu", run_dir=tmp_path)
+    assert resolve_precision(cfg).teacher.dtype == "bfloat16" and cfg.teacher.dtype == "auto"
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["mixer=cleer"], "mixer=cleer does not exist (did you mean clear?): choose mixer= one of clear"),
+        (["teacher=nope"], "teacher=nope does not exist: choose teacher= one of flux_dev, "),
+        (["windw=3"], "windw is no setting (did you mean window?): mixer=clear has window, downsample, and "),
+        (["mixer=softmax", "window=3"], "window is no setting: mixer=softmax has token_order, and "),
+        (["trainer.max_step=3"], "trainer.max_step is no setting (did you mean trainer.max_steps?): trainer has "),
+        (["-m", "mixer=softmax", "window=3"], "window is no setting of every point of this sweep: "),
+        (["windw=3", "mixr=clear"], "windw is no setting: python "),
+        (["layers=[a"], "layers=[a cannot be read (no viable alternative"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_in_one_sentence(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        composed(*[one for one in overrides if one != "-m"])
+    told = describe(caught.value, CONFIGS, "train", overrides)
+    assert told.startswith(sentence)
+    assert "\n" not in told
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=120)
+
+
+def test_the_config_can_be_read_before_a_run(tmp_path: Path) -> None:
+    shown = run("mixer=clear", "window=16", "--cfg", "job", cwd=tmp_path)
+    assert shown.returncode == 0 and "\nwindow: 16\n" in shown.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("mixer=cleer", "one of clear"), ("teacher.path=missing", "missing is no pipeline folder")],
+)
+def test_a_user_s_mistake_exits_with_2(tmp_path: Path, argument: str, words: str) -> None:
+    failed = run(argument, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ") and words in failed.stderr and failed.stderr.count("\n") == 1
+
+
+def test_a_mistake_in_a_sweep_stays_an_exception(tmp_path: Path) -> None:
+    failed = run("-m", "window=3,4", "teacher.path=missing", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "LinearizeError" in failed.stderr and "Traceback" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["window=0"], "window=0"),
+        (["layers=[nothing.*]"], "nothing"),
+        (["resume=missing"], "resume=missing is no checkpoint"),
+        (["resume=last"], "resume=last finds no checkpoint"),
+        (["export=zip"], "export=zip is unknown"),
+        (["stages.transfer=99"], "99 steps and trainer.max_steps is 80"),
+        (["plan=[{layers: '*', mixer: cleer}]"], "cleer"),
+        (["loss.attention_output.layers=[nothing.*]"], "nothing"),
+        (["evaluation.num_prompts=0"], "num_prompts=0"),
+        (["callbacks.pictures.prompts_file=missing.txt", "callbacks.pictures.every_n_steps=1"], "missing.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_samples_are_generated(
+    tiny_flux_folder: Path, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    cfg = compose_train(
+        f"teacher.path={tiny_flux_folder}",
+        "data=generated",
+        f"data.cache={tmp_path / 'cache'}",
+        "trainer.accelerator=cpu",
+        "judge=null",
+        *overrides,
+        run_dir=tmp_path / "run",
+    )
+    cfg.root = str(tmp_path)
+    with pytest.raises(LinearizeError, match=words):
+        train(cfg)
+    assert not list(tmp_path.rglob("*.parquet"))
