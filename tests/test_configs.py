@@ -70,6 +70,10 @@ def test_precisions_that_are_not_supported(tmp_path: Path) -> None:
         resolve_precision(compose_train("trainer.precision=16-mixed", run_dir=tmp_path))
     cfg = compose_train("trainer.precision=bf16-mixed", "trainer.accelerator=cpu", run_dir=tmp_path)
     assert resolve_precision(cfg).teacher.dtype == "bfloat16" and cfg.teacher.dtype == "auto"
+    on_cpu = ("teacher=flux_dev_random", "trainer.accelerator=cpu")
+    assert resolve_precision(compose_train(*on_cpu, run_dir=tmp_path)).trainer.precision == "bf16-mixed"
+    with pytest.raises(LinearizeError, match=r"32-true needs teacher\.dtype=float32"):
+        resolve_precision(compose_train(*on_cpu, "trainer.precision=32-true", run_dir=tmp_path))
 
 
 def composed(*overrides: str) -> DictConfig:

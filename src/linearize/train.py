@@ -81,18 +81,24 @@ def resolve_precision(cfg: DictConfig) -> DictConfig:
     """Returns the config with precision, and the teacher's dtype and device, made definite.
 
     Raises:
-        LinearizeError: a precision that this project does not train in.
+        LinearizeError: a precision that this project does not train in, or that the teacher's dtype does not go with.
     """
     cfg = cast(DictConfig, OmegaConf.merge(cfg))
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if cfg.trainer.precision == "auto":
-        cfg.trainer.precision = "bf16-mixed" if on_gpu else "32-true"
+        half = on_gpu or cfg.teacher.dtype == "bfloat16"
+        cfg.trainer.precision = "bf16-mixed" if half else "32-true"
     if cfg.trainer.precision not in _PRECISIONS:
         raise LinearizeError(
             f"trainer.precision={cfg.trainer.precision} is unknown: use auto, {' or '.join(_PRECISIONS)}."
         )
     if cfg.teacher.dtype == "auto":
         cfg.teacher.dtype = _PRECISIONS[cfg.trainer.precision]
+    if cfg.trainer.precision == "32-true" and cfg.teacher.dtype != "float32":
+        raise LinearizeError(
+            f"trainer.precision=32-true needs teacher.dtype=float32, not {cfg.teacher.dtype}: "
+            "set teacher.dtype=float32, or trainer.precision=bf16-mixed."
+        )
     if cfg.teacher.device == "auto" and not on_gpu:
         cfg.teacher.device = "cpu"
     return cfg

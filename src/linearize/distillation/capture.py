@@ -37,8 +37,8 @@ class SiteCapture:
     """Records attention outputs, and whole calls, of chosen sites.
 
     Hooks stay on the modules, so that compiled blocks contain them, but they record only inside `recording()`. Gradient
-    checkpointing recomputes in the backward pass, outside of it, and therefore stores nothing a second time. Hooks compute
-    nothing either: an operation that is not repeated in the recomputation would break it.
+    checkpointing recomputes in the backward pass, outside of it, and therefore stores nothing a second time. Hooks
+    compute nothing either: an operation that is not repeated in the recomputation would break it.
 
     Args:
         sites: All sites of one transformer by name.

@@ -107,7 +107,7 @@ class SafetensorsCheckpointIO(CheckpointIO):
         """
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-            raise LinearizeError(f"{path} was not written by training: resume from another one, or start without resume.")
+            raise LinearizeError(f"{path} was not written by training: resume another one, or start without resume.")
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
