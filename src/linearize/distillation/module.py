@@ -1,7 +1,7 @@
 """The LightningModule that distils a teacher into a student which shares its frozen tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -78,8 +78,8 @@ class DistillationModule(lightning.LightningModule):
         if gradient_checkpointing:
             student.enable_gradient_checkpointing()
         if compile_backend is not None:
-            self.student.compile_repeated_blocks(backend=compile_backend)
-            self.teacher.compile_repeated_blocks(backend=compile_backend)
+            for transformer in (student, cast(ModelMixin, self.teacher)):
+                transformer.compile_repeated_blocks(backend=compile_backend)
 
     def _attach_captures(self) -> None:
         planned = [name for rule in self.identity["plan"] for name in rule["layers"]]
