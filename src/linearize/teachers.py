@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import inspect
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from linearize.backbones import Backbone, all_backbones
 from linearize.errors import LinearizeError
-from linearize.files import read_json, state_hash, weight_hash
+from linearize.files import read_json, weight_hash
 
 COMPONENT_LIBRARIES = ("diffusers", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -305,4 +306,5 @@ def _build_random(random: Mapping[str, Any], dtype: torch.dtype, device: torch.d
         **{**absent, "transformer": transformer, "vae": autoencoder, "scheduler": scheduler}
     )
     _freeze(pipeline)
-    return Teacher(pipeline, backbone, random["name"], None, state_hash(transformer.state_dict()))
+    recipe = json.dumps([dict(random), str(dtype), device.type], sort_keys=True)
+    return Teacher(pipeline, backbone, random["name"], None, hashlib.sha256(recipe.encode()).hexdigest())

@@ -15,7 +15,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from linearize.config import build_data, build_teacher, plain
+from linearize.costs import Costs
 from linearize.data.datamodule import SampleDataModule
+from linearize.data.prompts import ScenePrompts
 from linearize.distillation.callbacks import Checkpointing, Progress
 from linearize.distillation.checkpoint import SafetensorsCheckpointIO
 from linearize.distillation.module import DistillationModule
@@ -26,6 +28,7 @@ from linearize.evaluation.paired import with_transformer
 from linearize.evaluation.settings import EvaluationSettings
 from linearize.evaluation.summary import summarize_run
 from linearize.export import FORMS, export_student
+from linearize.reload import check_reload
 from linearize.scenes.judge import Judge
 from linearize.surgery import share_student, surgery_report
 from linearize.teachers import Teacher
@@ -33,6 +36,8 @@ from linearize.teachers import Teacher
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 # From this width on cuDNN's attention is safe to train with; below it gave NaN (torch 2.11).
 _CUDNN_HEAD_DIM = 64
+# FLUX.1-dev's activations alone fill an 80 GB card.
+_CHECKPOINTED_PARAMETERS = 2_000_000_000
 _log = logging.getLogger(__name__)
 
 
@@ -57,22 +62,27 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.export is not None and cfg.export not in FORMS:
         raise LinearizeError(f"export={cfg.export} is unknown: use {', '.join(FORMS)}, or null for none.")
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir), Path(cfg.root) / "outputs")
-    teacher = build_teacher(cfg)
-    module = build_module(cfg, teacher, stages, rules)
+    costs = Costs(Path(cfg.run_dir) / "costs.json")
+    with costs.part("teacher"):
+        teacher = build_teacher(cfg)
+        module = build_module(cfg, teacher, stages, rules)
     is_first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
     if is_first:
         Console().print(str(surgery_report(module.student)), highlight=False, soft_wrap=True)
     # Whatever can be wrong is built before hours of work begin.
     callbacks, judge = build_callbacks(cfg, teacher), load_judge(cfg, teacher)
-    data = build_data(cfg, teacher, progress=is_first)
-    metrics, training = fit(cfg, callbacks, data, module, checkpoint)
+    with costs.part("samples"):
+        data = build_data(cfg, teacher, progress=is_first)
+    with costs.part("training"):
+        metrics, training = fit(cfg, callbacks, data, module, checkpoint)
     if is_first:
         student = finished_student(module, teacher)
-        summary = evaluate_run(cfg, teacher, data, student, settings, judge, training) if cfg.evaluate else None
+        summary = None
+        if cfg.evaluate:
+            with costs.part("evaluation"):
+                summary = evaluate_run(cfg, teacher, data, student, settings, judge, training)
         if cfg.export is not None:
-            folder = Path(cfg.run_dir) / "student"
-            export_student(with_transformer(teacher.pipeline, student), folder, form=cfg.export, summary=summary)
-            _log.info("The student is in %s.", folder)
+            export_run(cfg, teacher, data, student, settings, summary, costs)
         metrics["summary"] = summary
     return metrics
 
@@ -148,10 +158,17 @@ def build_module(
         sigma=instantiate(cfg.sigma),
         seed=cfg.seed,
         ema_decay=cfg.ema_decay,
-        gradient_checkpointing=cfg.gradient_checkpointing,
+        gradient_checkpointing=use_checkpointing(cfg, transformer),
         compile_backend=cfg.compile_backend,
         identity={"teacher": f"{teacher.name} with weights {teacher.weight_hash[:12]}"},
     )
+
+
+def use_checkpointing(cfg: DictConfig, transformer: torch.nn.Module) -> bool:
+    """`gradient_checkpointing` of the config; null turns it on where activations would not fit beside the weights."""
+    if cfg.gradient_checkpointing is not None:
+        return cfg.gradient_checkpointing
+    return sum(parameter.numel() for parameter in transformer.parameters()) > _CHECKPOINTED_PARAMETERS
 
 
 def fit(
@@ -197,6 +214,34 @@ def fit(
     if data.val_rows.size:
         metrics |= trainer.validate(module, data, verbose=False)[0]
     return metrics, training
+
+
+def export_run(
+    cfg: DictConfig,
+    teacher: Teacher,
+    data: SampleDataModule,
+    student: torch.nn.Module,
+    settings: EvaluationSettings,
+    summary: dict[str, Any] | None,
+    costs: Costs,
+) -> None:
+    """Writes <run dir>/student and, where `check_export` is set, proves it by loading it again."""
+    folder = Path(cfg.run_dir) / "student"
+    with costs.part("export"):
+        export_student(with_transformer(teacher.pipeline, student), folder, form=cfg.export, summary=summary)
+    _log.info("The student is in %s.", folder)
+    if cfg.check_export and cfg.export == "local":
+        prompt = run_prompts(cfg, data, settings)[0]
+        with costs.part("reload"):
+            difference = check_reload(folder, teacher, student, settings, prompt, Path(cfg.run_dir) / "reloaded.png")
+        _log.info("Loaded again, it paints reloaded.png; its latents differ from the student's by %.2g.", difference)
+
+
+def run_prompts(cfg: DictConfig, data: SampleDataModule, settings: EvaluationSettings) -> list[str]:
+    """Held-out prompts: of the scenes grammar where the teacher paints scenes, else those of its samples."""
+    if is_of_scenes(cfg):
+        return ScenePrompts("held_out", settings.seed).prompts(0, settings.num_prompts)
+    return data.held_out_prompts(settings.num_prompts)
 
 
 def is_of_scenes(cfg: DictConfig) -> bool:
@@ -255,7 +300,7 @@ def evaluate_run(
         settings,
         folder=cfg.run_dir,
         judge=judge,
-        prompts=None if is_of_scenes(cfg) else data.held_out_prompts(settings.num_prompts),
+        prompts=run_prompts(cfg, data, settings),
         training=training,
         reference_folder=cfg.reference_folder,
     )
