@@ -139,7 +139,7 @@ def test_a_mistake_in_a_sweep_stays_an_exception(tmp_path: Path) -> None:
         (["resume=missing"], "resume=missing is no checkpoint"),
         (["resume=last"], "resume=last finds no checkpoint"),
         (["export=zip"], "export=zip is unknown"),
-        (["stages.transfer=99"], "99 steps and trainer.max_steps is 80"),
+        (["stages.transfer=99"], "99 steps and trainer.max_steps is 40"),
         (["plan=[{layers: '*', mixer: cleer}]"], "cleer"),
         (["loss.attention_output.layers=[nothing.*]"], "nothing"),
         (["evaluation.num_prompts=0"], "num_prompts=0"),
