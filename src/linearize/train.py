@@ -28,6 +28,7 @@ from linearize.evaluation.paired import with_transformer
 from linearize.evaluation.settings import EvaluationSettings
 from linearize.evaluation.summary import summarize_run
 from linearize.export import FORMS, export_student
+from linearize.files import write_json
 from linearize.reload import check_reload
 from linearize.scenes.judge import Judge
 from linearize.surgery import share_student, surgery_report
@@ -83,6 +84,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
                 summary = evaluate_run(cfg, teacher, data, student, settings, judge, training)
         if cfg.export is not None:
             export_run(cfg, teacher, data, student, settings, summary, costs)
+        if summary is not None:
+            summary["costs"] = costs.parts
+            write_json(Path(cfg.run_dir) / "summary.json", summary)
         metrics["summary"] = summary
     return metrics
 

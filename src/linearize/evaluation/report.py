@@ -41,6 +41,7 @@ def summary_page(title: str, summary: Mapping[str, Any], source: str) -> str:
             markdown_table(["", *MODELS], summary_rows(summary)),
             *_breakdown(summary),
             markdown_table(["run", ""], fact_rows(summary)),
+            *_costs(summary),
             _provenance(summary),
         ]
     except (KeyError, TypeError, AttributeError) as error:
@@ -63,6 +64,15 @@ def _breakdown(summary: Mapping[str, Any]) -> list[str]:
         for name in accuracies[0]["attributes"]
     ]
     return [markdown_table(["scene accuracy", *MODELS], counts + attributes)]
+
+
+def _costs(summary: Mapping[str, Any]) -> list[str]:
+    """Seconds and peak GPU memory of each part of the run, where they were measured."""
+    rows = [
+        [part, f"{cost['seconds']:.1f}", "-" if cost["peak_memory_gib"] is None else f"{cost['peak_memory_gib']:.1f}"]
+        for part, cost in summary.get("costs", {}).items()
+    ]
+    return [markdown_table(["part of the run", "seconds", "peak GPU memory, GiB"], rows)] if rows else []
 
 
 def _provenance(summary: Mapping[str, Any]) -> str:
