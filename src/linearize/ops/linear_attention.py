@@ -1,0 +1,205 @@
+"""Linear attention without causality, and how it is joined to exact softmax under one normaliser."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.layout import Layout
+from linearize.ops.feature_maps import Features
+from linearize.ops.precision import widen
+
+
+class LinearPart(NamedTuple):
+    """Unnormalised linear attention; both sums are to be multiplied by exp(log_scale).
+
+    Attributes:
+        numerator: [batch, heads, queries, head_dim], sum_j w_ij v_j.
+        mass: [batch, heads, queries, 1 or head_dim], sum_j w_ij.
+        log_scale: Broadcasts to [batch, heads, queries, 1].
+    """
+
+    numerator: Tensor
+    mass: Tensor
+    log_scale: Tensor
+
+    def scaled(self, log_scale: Tensor) -> LinearPart:
+        """The same with all weights times exp(log_scale), [heads] or what broadcasts to [batch, heads, queries, 1]."""
+        more = log_scale[:, None, None] if log_scale.dim() == 1 else log_scale
+        return self._replace(log_scale=self.log_scale + more)
+
+
+class SoftmaxPart(NamedTuple):
+    """Softmax attention over some of the keys.
+
+    Attributes:
+        output: [batch, heads, queries, head_dim], zeros where no key is valid.
+        log_mass: [batch, heads, queries, 1], log sum_j exp(s_ij), -inf where no key is valid.
+    """
+
+    output: Tensor
+    log_mass: Tensor
+
+
+def linear_attention(
+    query: Features,
+    key: Features,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    rotated: tuple[Tensor, Tensor] | None = None,
+) -> LinearPart:
+    """sum_j phi(q_i) phi(k_j) v_j and its mass, over all keys.
+
+    Args:
+        query: Features of [batch, heads, queries, num_features].
+        key: Features of [batch, heads, keys, num_features].
+        value: [batch, heads, keys, head_dim].
+        key_mask: [batch, keys], True where a key counts.
+        rotated: Rotated features of query and key, which take their place in the numerator alone (RoPE after the
+            map: weights that depend on relative positions, but may be negative and do not sum to 1).
+
+    Returns:
+        A part of [batch, heads, queries, head_dim], in float32 at least.
+    """
+    rotated_query, rotated_key = (query.values, key.values) if rotated is None else rotated
+    keys, rotated_key = (mask_keys(widen(states), key_mask) for states in (key.values, rotated_key))
+    state = rotated_key.transpose(-1, -2) @ widen(value)
+    mass = widen(query.values) @ keys.sum(dim=-2)[..., None]
+    return LinearPart(widen(rotated_query) @ state, mass, query.log_scale + key.log_scale)
+
+
+def dense_linear_weights(
+    query: Features, key: Features, rotated: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition of `linear_attention`: weights of numerator and mass, [batch, heads, queries, keys] each."""
+    factor = (query.log_scale + key.log_scale).exp()
+    mass = query.values @ key.values.transpose(-1, -2) * factor
+    if rotated is None:
+        return mass, mass
+    return rotated[0] @ rotated[1].transpose(-1, -2) * factor, mass
+
+
+def softmax_part(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, key_mask: Tensor | None = None
+) -> SoftmaxPart | None:
+    """Softmax attention with its mass over few keys, such as the text; None where there is no key at all.
+
+    Args:
+        query: [batch, heads, queries, head_dim], rotated.
+        key: [batch, heads, keys, head_dim], rotated.
+        value: Same as key.
+        scale: Softmax scale.
+        key_mask: [batch, keys], True where a key is valid.
+    """
+    if key.shape[-2] == 0:
+        return None
+    scores = widen(query) @ widen(key).transpose(-1, -2) * scale
+    return weigh(scores, widen(value), None if key_mask is None else key_mask[:, None, None])
+
+
+def weigh(scores: Tensor, value: Tensor, seen: Tensor | None = None) -> SoftmaxPart:
+    """Softmax of scores [..., queries, keys] over the keys that are seen, applied to value [..., keys, head_dim]."""
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    largest = scores.detach().amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    weights = (scores - largest).exp()
+    mass = weights.sum(dim=-1, keepdim=True)
+    tiny = torch.finfo(mass.dtype).tiny
+    log_mass = torch.where(mass > 0, mass.clamp(min=tiny).log() + largest, -torch.inf)
+    return SoftmaxPart(weights @ value / mass.clamp(min=tiny), log_mass)
+
+
+def join(exact: SoftmaxPart | None, linear: LinearPart) -> Tensor:
+    """[sum_A e^s v + n] / [sum_A e^s + z]: softmax on the keys A and linear attention on others, one normaliser.
+
+    Both branches carry the factor e^-c, where c is the larger of their logarithmic masses; it cancels. (LoLCATs,
+    arXiv 2410.10254, applies it to the softmax branch alone, which is another function.)
+
+    Returns:
+        [batch, heads, queries, head_dim], zeros where nothing is seen.
+    """
+    tiny = torch.finfo(linear.mass.dtype).tiny
+    if exact is None:
+        return linear.numerator / linear.mass.clamp(min=tiny)
+    log_mass = linear.mass.detach().clamp(min=tiny).log() + linear.log_scale.detach()
+    largest = torch.maximum(exact.log_mass.detach(), log_mass)
+    near, far = (exact.log_mass - largest).exp(), (linear.log_scale - largest).exp()
+    return (near * exact.output + far * linear.numerator) / (near + far * linear.mass).clamp(min=tiny)
+
+
+def dense_join(scores: Tensor, seen: Tensor, linear: tuple[Tensor, Tensor], value: Tensor) -> Tensor:
+    """The definition of `join` on dense weights.
+
+    Args:
+        scores: [batch, heads, queries, keys], scaled.
+        seen: Broadcasts to the scores, True where a pair has its softmax weight.
+        linear: Weights of numerator and mass where a pair has its linear weight, and 0 elsewhere.
+        value: [batch, heads, keys, head_dim].
+    """
+    numerator, mass = linear
+    exact = scores.exp().masked_fill(~seen, 0.0)
+    total = (exact + mass).sum(dim=-1, keepdim=True)
+    return (exact + numerator) @ value / total.masked_fill(total == 0, 1.0)
+
+
+def with_text_queries(
+    image_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    layout: Layout,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Puts the text tokens, which see all tokens by softmax, beside the image tokens' output.
+
+    Args:
+        image_output: [batch, heads, image tokens, head_dim].
+        query: [batch, heads, tokens, head_dim] of all tokens, rotated.
+        key: Same, with key-value heads.
+        value: Same as key.
+        layout: Where the tokens are.
+        scale: Softmax scale.
+        key_mask: [batch, tokens], True where a key is valid.
+
+    Returns:
+        [batch, heads, tokens, head_dim], in the type of the value.
+    """
+    image_output = image_output.to(value.dtype)
+    if layout.num_text_tokens == 0:
+        return image_output
+    text_output = _softmax(query[:, :, layout.text_slice], key, value, scale, key_mask)
+    parts = [text_output, image_output] if layout.text_first else [image_output, text_output]
+    return torch.cat(parts, dim=2)
+
+
+def _softmax(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+    grouped = key.shape[1] != query.shape[1]
+    if key_mask is None:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
+    # Without a valid key all are taken and the result is dropped: fused kernels may return NaN for such rows.
+    blind = ~key_mask.any(dim=-1)
+    mask = (key_mask | blind[:, None])[:, None, None]
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return output.masked_fill(blind[:, None, None, None], 0.0)
+
+
+def mask_keys(features: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Zero features, [batch, heads, keys, num_features], for keys that do not count."""
+    return features if key_mask is None else features.masked_fill(~key_mask[:, None, :, None], 0.0)
+
+
+def linear_attention_flops(num_queries: int, num_keys: int, num_features: int, head_dim: int) -> int:
+    """Operations of `linear_attention` in one head: the state with its mass, and reading it."""
+    return 2 * (num_queries + num_keys) * num_features * (head_dim + 1)
+
+
+def exact_text_flops(layout: Layout, head_dim: int) -> int:
+    """Operations in one head of text queries on all tokens and image queries on text."""
+    return 4 * head_dim * layout.num_text_tokens * (layout.num_tokens + layout.num_image_tokens)
