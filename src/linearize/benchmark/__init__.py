@@ -1,0 +1,1 @@
+"""Measures attention, whole transformers, training steps and sampling against the dense teacher."""

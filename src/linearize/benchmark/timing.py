@@ -1,0 +1,70 @@
+"""Times calls on a CPU or a GPU: warm-up first, then medians."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from linearize.costs import GIB
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call.
+
+    Attributes:
+        median_seconds: Median over the repeats.
+        min_seconds: The fastest.
+        max_seconds: The slowest.
+        repeats: How many were timed.
+        peak_memory_gib: Peak GPU memory of the timed calls; None on a CPU.
+    """
+
+    median_seconds: float
+    min_seconds: float
+    max_seconds: float
+    repeats: int
+    peak_memory_gib: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def measure(call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int) -> Timing:
+    """Times `call`, by CUDA events on a GPU and by the wall clock on a CPU.
+
+    Args:
+        call: What is timed; it does the same work every time.
+        device: Where it works.
+        warmup: Calls before the clock starts.
+        repeats: Calls that are timed, one by one.
+    """
+    for _ in range(warmup):
+        call()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    clock = _gpu_seconds if on_gpu else _cpu_seconds
+    seconds = [clock(call) for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), repeats, peak)
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
