@@ -13,7 +13,13 @@ from linearize.mixers import build_mixer, mixer_class, mixer_defaults, mixer_nam
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mixer").glob("*.yaml"))
 # Knobs that make every part of a mixer work on the small grids below, beside its defaults.
-VARIANTS = {"clear": [{"window": 3}, {"window": 5, "downsample": 2}, {"window": 2, "downsample": 3}]}
+VARIANTS = {
+    "clear": [{"window": 3}, {"window": 5, "downsample": 2}, {"window": 2, "downsample": 3}],
+    "mhla": [
+        {"blocks_per_side": 3, "feature_map": "relu", "rope": "after_map", "shared_mix": True},
+        {"blocks_per_side": 2, "feature_map": "elu", "text": "state"},
+    ],
+}
 LAYOUTS = [
     Layout(0, (Grid(9, 13),)),
     Layout(5, (Grid(8, 17),)),

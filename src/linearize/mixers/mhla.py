@@ -1,0 +1,105 @@
+"""MHLA: linear attention with one state per block of tokens, mixed among blocks by a learned matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from linearize.layout import Layout
+from linearize.mixers._kernel import KernelFeatures, KernelMixer, check_choice, check_count
+from linearize.mixers.base import AttentionShape, MixerContext
+from linearize.ops.block_states import block_index, mix_block_states
+from linearize.ops.feature_maps import build_feature_map
+from linearize.ops.linear_attention import linear_attention_flops
+from linearize.ops.rotary import rotate_features
+
+
+class MhlaMixer(KernelMixer):
+    """MHLA: "Multi-Head Linear Attention" on the token axis, DAGroup-PKU, ICLR 2026.
+
+    Image tokens are cut into M = blocks_per_side^2 blocks with a state S_b = sum_(j in b) phi(k_j) v_j^T each, and a
+    token in block a reads sum_b m_ab S_b:
+
+        o_i = phi(q_i)^T sum_b m_(a(i) b) S_b / phi(q_i)^T sum_b m_(a(i) b) z_b,   z_b = sum_(j in b) phi(k_j),
+
+    which is linear attention with weights m_(a(i) b(j)) phi(q_i)^T phi(k_j) of a rank up to the sum over blocks. The
+    cost is that of linear attention and M^2 states, linear in tokens. m [heads, M, M] is exp of a parameter, so that
+    weights stay positive, and starts as the cosine of the distance of the blocks, from 1 to cos(pi/4), as in the
+    code: near plain linear attention, which a constant matrix is. M does not depend on the grid: grids of any size
+    are cut into as many blocks, and several grids lie on top of one another.
+
+    Where this differs from the published code: there m is shared by all heads (`shared_mix=True`) and may turn
+    negative; its column sums are 1, which is a factor of each key's block; and its normaliser mixes phi(q)^T z of
+    *different* queries, those at the same place in other blocks, where the paper's formula, computed here, has one
+    query throughout. The code's depthwise convolution on the value is not part of this mixer.
+
+    Query and key are [batch, heads, tokens, head_dim], states [batch, heads, M, num_features, head_dim + 1].
+
+    Args:
+        shape: Sizes of the layer.
+        blocks_per_side: Blocks along either side of the picture.
+        feature_map: A name of `linearize.ops.feature_maps`.
+        rope: "before_map", "after_map" (relative positions as in the video code; weights may be negative) or "none".
+        text: "exact" or "state", see `KernelMixer`.
+        shared_mix: One matrix for all heads.
+
+    Raises:
+        LinearizeError: A knob has none of its values.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        blocks_per_side: int = 4,
+        feature_map: str = "exponential",
+        rope: str = "before_map",
+        text: str = "exact",
+        shared_mix: bool = False,
+    ) -> None:
+        super().__init__(shape, "mhla", text)
+        check_count("mhla", "blocks_per_side", blocks_per_side)
+        check_choice("mhla", "rope", rope, ("before_map", "after_map", "none"))
+        self.blocks_per_side, self.rope = blocks_per_side, rope
+        self.map = build_feature_map(feature_map, shape.num_heads, shape.head_dim)
+        # exp(q k / sqrt(d)) of unit normals is e^(1/2) on average: the linear weights start at the softmax's size.
+        nn.init.constant_(self.log_scale, 0.5 - self.map.log_mean_product)
+        self.log_mix = nn.Parameter(_near_blocks(blocks_per_side).repeat(1 if shared_mix else shape.num_heads, 1, 1))
+
+    def features(self, query: Tensor, key: Tensor, context: MixerContext) -> KernelFeatures:
+        """See `KernelMixer.features`."""
+        if self.rope == "before_map":
+            query, key = context.rotate(query), context.rotate(key)
+        mapped = (self.map(query, is_key=False), self.map(key, is_key=True, key_mask=context.key_mask))
+        if self.rope != "after_map":
+            return KernelFeatures(*mapped)
+        parts = self.map.num_parts
+        angles = context.angles(context.positions, self.map.num_features // parts)
+        query, key = (rotate_features(features.values, angles, parts) for features in mapped)
+        return KernelFeatures(*mapped, (query, key))
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
+        """See `KernelMixer.weigh`."""
+        index = block_index(context.layout, self.blocks_per_side, query.device)
+        return mix_block_states(query, key, value, self.log_mix.exp().to(query.dtype), index)
+
+    def dense_factor(self, context: MixerContext, like: Tensor) -> Tensor:
+        """See `KernelMixer.dense_factor`: m of the blocks of query and key."""
+        index = block_index(context.layout, self.blocks_per_side, like.device)
+        return self.log_mix.exp().to(like.dtype)[:, index][:, :, index]
+
+    def flops(self, layout: Layout, batch: int = 1) -> int:
+        """Linear attention, the mixing of states, and text; a map's own products are included."""
+        num_features, head_dim = self.map.num_features, self.shape.head_dim
+        tokens, states = layout.num_image_tokens, self.blocks_per_side**4
+        each = linear_attention_flops(tokens, tokens, num_features, head_dim)
+        each += 2 * states * num_features * (head_dim + 1) + self.text_flops(layout, num_features)
+        return batch * self.shape.num_heads * each
+
+
+def _near_blocks(blocks_per_side: int) -> Tensor:
+    """Logarithm of cos(pi/4 distance / largest distance) of the centres of blocks, [blocks, blocks]."""
+    rows, columns = torch.meshgrid(torch.arange(blocks_per_side), torch.arange(blocks_per_side), indexing="ij")
+    centres = torch.stack([rows, columns], dim=-1).reshape(-1, 2).to(torch.float32)
+    distance = torch.cdist(centres, centres)
+    return torch.cos(distance / distance.max().clamp(min=1.0) * torch.pi / 4).log()
