@@ -269,3 +269,18 @@ def test_a_teacher_from_the_hub_and_what_is_said_when_there_is_none(hub_address,
     (answer,) = _answers(unreachable)
     assert "The hub cannot be reached and me/tiny is not in the local cache" in answer["error"]
     assert "\n" not in answer["error"]
+
+
+def test_encoders_rest_outside_the_pipeline_and_still_encode(tiny_flux_folder):
+    teacher = load_teacher(tiny_flux_folder, dtype="float32", device="cpu")
+    before = teacher.encode(["a red circle"], 8)
+    encoders = {name: getattr(teacher.pipeline, name) for name in ("text_encoder", "text_encoder_2")}
+    with teacher.resting_encoders():
+        assert teacher.pipeline.text_encoder is None and teacher.pipeline.text_encoder_2 is None
+        assert teacher.has_text_encoder
+        for name, tensor in teacher.encode(["a red circle"], 8).items():
+            assert torch.equal(tensor, before[name])
+        assert teacher.pipeline.text_encoder_2 is None
+        sampling = {"height": 48, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0}
+        assert teacher.backbone.sample(teacher.pipeline, before, seeds=[0], **sampling).isfinite().all()
+    assert encoders == {name: getattr(teacher.pipeline, name) for name in encoders}

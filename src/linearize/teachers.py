@@ -7,20 +7,20 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from linearize.backbones import Backbone, all_backbones
 from linearize.errors import LinearizeError
 from linearize.files import read_json, weight_hash
+from linearize.hub import fetch_index, fetch_pipeline
 
 COMPONENT_LIBRARIES = ("diffusers", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,11 +44,42 @@ class Teacher:
     name: str
     revision: str | None
     weight_hash: str
+    _resting: dict[str, torch.nn.Module] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def has_text_encoder(self) -> bool:
         """False for random architectures, whose prompt embeddings are drawn instead of encoded."""
-        return self.pipeline.text_encoder is not None
+        return self.pipeline.text_encoder is not None or bool(self._resting)
+
+    @contextlib.contextmanager
+    def resting_encoders(self) -> Iterator[None]:
+        """Within the block text encoders wait in CPU memory, out of the pipeline, and `encode` fetches them.
+
+        FLUX.1's take 9 GiB of a GPU that training has better use for.
+        """
+        device = self.pipeline.transformer.device
+        parts = self.pipeline.components.items()
+        self._resting = {name: part for name, part in parts if isinstance(part, PreTrainedModel)}
+        for name, part in self._resting.items():
+            setattr(self.pipeline, name, None)
+            part.to("cpu")
+        try:
+            yield
+        finally:
+            for name, part in self._resting.items():
+                setattr(self.pipeline, name, part.to(device))
+            self._resting = {}
+
+    @contextlib.contextmanager
+    def _awake_encoders(self) -> Iterator[None]:
+        for name, part in self._resting.items():
+            setattr(self.pipeline, name, part.to(self.pipeline.transformer.device))
+        try:
+            yield
+        finally:
+            for name, part in self._resting.items():
+                setattr(self.pipeline, name, None)
+                part.to("cpu")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_sequence_length: int) -> dict[str, Tensor]:
@@ -58,7 +89,8 @@ class Teacher:
         the prompt's hash.
         """
         if self.has_text_encoder:
-            return self.backbone.encode(self.pipeline, list(prompts), max_sequence_length)
+            with self._awake_encoders():
+                return self.backbone.encode(self.pipeline, list(prompts), max_sequence_length)
         transformer = self.pipeline.transformer
         shapes = {
             "prompt_embeds": (max_sequence_length, transformer.config.joint_attention_dim),
@@ -225,50 +257,12 @@ def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.
     return Teacher(pipeline.to(device), backbone, name, revision, digest)
 
 
-@contextlib.contextmanager
-def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
-    """Turns what the hub client raises into one sentence. The order matters.
-
-    A gated repository is also a missing one, and both OSErrors.
-    """
-    try:
-        yield
-    except GatedRepoError as error:
-        raise LinearizeError(
-            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then run `hf auth login` and "
-            "start again."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise LinearizeError(
-            f"{hub_id} has no revision {revision}: set teacher.revision=null for its main branch."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise LinearizeError(
-            f"{hub_id} is no public model of the hub: check teacher.hub_id, or run `hf auth login` if it is private."
-        ) from error
-    except FileNotFoundError as error:
-        raise LinearizeError(
-            f"The hub cannot be reached and {hub_id} is not in the local cache: check the network, or set "
-            "teacher.path=<folder of a copy>."
-        ) from error
-    except EntryNotFoundError as error:
-        raise LinearizeError(f"{hub_id} has no model_index.json: give the id of a diffusers pipeline.") from error
-    except OSError as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise LinearizeError(
-            f"{hub_id} could not be downloaded ({first_line}): check the network and the disk space, or set "
-            "teacher.path=<folder of a copy>."
-        ) from error
-
-
 def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
     """Fetches a pipeline into the hub cache; returns its folder and the commit that the revision resolved to."""
-    with _hub_errors(hub_id, revision):
-        index = Path(hf_hub_download(hub_id, "model_index.json", revision=revision))
+    index = fetch_index(hub_id, revision)
     commit = index.parent.name
     pipeline_class: Any = _backbone_of(read_json(index), hub_id).pipeline_class
-    with _hub_errors(hub_id, commit):
-        return Path(pipeline_class.download(hub_id, revision=commit, use_safetensors=True)), commit
+    return fetch_pipeline(pipeline_class, hub_id, commit), commit
 
 
 @contextlib.contextmanager

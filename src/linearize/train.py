@@ -74,7 +74,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     callbacks, judge = build_callbacks(cfg, teacher), load_judge(cfg, teacher)
     with costs.part("samples"):
         data = build_data(cfg, teacher, progress=is_first)
-    with costs.part("training"):
+    with costs.part("training"), teacher.resting_encoders():
         metrics, training = fit(cfg, callbacks, data, module, checkpoint)
     if is_first:
         student = finished_student(module, teacher)
