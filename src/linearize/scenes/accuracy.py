@@ -50,7 +50,7 @@ def judge_pipeline(
         guidance_scale: Given to the guidance embedding.
         true_cfg_scale: Above 1, classifier-free guidance against the empty prompt.
         batch_size: Pictures at once.
-        seed: Picture i is drawn from seed + i.
+        seed: Picture i is drawn from the noise of a CPU generator seeded with seed + i.
 
     Returns:
         The score of all pictures, on the CPU, and the pictures [num, 3, side, side] of the first batch.
@@ -58,7 +58,6 @@ def judge_pipeline(
     scores: list[JudgeScore] = []
     first: Tensor | None = None
     pipeline.set_progress_bar_config(disable=True)
-    device = pipeline.transformer.device
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
         images = pipeline(
@@ -70,7 +69,7 @@ def judge_pipeline(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             max_sequence_length=max_sequence_length,
-            generator=[torch.Generator(device).manual_seed(seed + start + i) for i in range(len(chunk))],
+            generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))],
             output_type="pt",
         ).images.float()
         first = images.cpu() if first is None else first

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.nn import functional
 
 from linearize.scenes.render import render, sample_placement
 from linearize.scenes.stage import Stage
@@ -41,14 +40,15 @@ class AutoencoderStage(Stage):
         self.object_weight = object_weight
         self.kl_weight = kl_weight
 
-    def training_step(self, seed: int, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss on one batch of fresh renders."""
-        side = self.resolutions[seed % len(self.resolutions)]
-        images, coverage = fresh_renders(max(1, self.batch_size * 256 * 256 // side**2), side, self.generator(seed))
+        seed = self.batch_seed()
+        generator, side = self.generator(seed), self.resolutions[seed % len(self.resolutions)]
+        images, coverage = fresh_renders(max(1, self.batch_size * 256 * 256 // side**2), side, generator)
         images = images.to(memory_format=torch.channels_last)
         weight = 1 + self.object_weight * coverage
         posterior = self.autoencoder.encode(images).latent_dist
-        decoded = self.autoencoder.decode(posterior.sample()).sample.float()
+        decoded = self.autoencoder.decode(posterior.sample(generator)).sample.float()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         error = decoded - images
         loss = (weight * (error.abs() + 4 * error.square())).mean() + _edge_loss(error) + self.kl_weight * kl

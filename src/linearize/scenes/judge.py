@@ -1,5 +1,6 @@
 """The judge: reads every attribute of a scene off its picture."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linearize.errors import LinearizeError
+from linearize.files import atomic_file, write_json
 from linearize.scenes.world import ALONE, ATTRIBUTES, BACKGROUNDS, RELATIONS, SceneBatch
 
 RESOLUTION = 128
@@ -70,7 +72,7 @@ class Judge(nn.Module):
         self.config = {"channels": list(channels), "num_features": num_features}
         self.num_features = num_features
         widths = (3, *channels)
-        self.stages = nn.Sequential(*[_Block(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+        self.stages = nn.Sequential(*[_Block(a, b) for a, b in itertools.pairwise(widths)])
         side = RESOLUTION // 2 ** len(channels)
         self.squeeze = nn.Conv2d(channels[-1], 32, 1)
         self.hidden = nn.Linear(32 * side * side, 256)
@@ -79,6 +81,7 @@ class Judge(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.project.weight.device
 
     def features(self, images: Tensor) -> Tensor:
@@ -113,10 +116,10 @@ class Judge(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Writes ``config.json`` and half-precision ``model.safetensors``."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        with atomic_file(folder / "model.safetensors") as temporary:
+            save_file(state, temporary)
+        write_json(folder / "config.json", self.config)
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Judge":

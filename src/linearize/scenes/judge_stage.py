@@ -44,9 +44,9 @@ class JudgeStage(Stage):
         self.reconstructed = reconstructed
         self.noise = noise
 
-    def training_step(self, seed: int, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss on one batch of fresh pictures."""
-        generator = self.generator(seed)
+        generator = self.generator(self.batch_seed())
         num_reconstructed = int(self.batch_size * self.reconstructed)
         scenes, images = judged_renders(self.batch_size, self.autoencoder, num_reconstructed, generator)
         strength = self.noise * torch.rand(len(scenes), 1, 1, 1, generator=generator, device=self.device)

@@ -53,7 +53,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def muon_adamw(module: nn.Module, lr: float, weight_decay: float = 0.01) -> MuonAdamW:
     """Gives Muon the matrices inside the blocks of a transformer or text encoder, AdamW the rest."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

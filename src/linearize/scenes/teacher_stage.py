@@ -69,7 +69,7 @@ class TeacherStage(Stage):
     It makes captions bind to places early, and is dropped afterwards.
 
     With ``guidance`` the target is the guided velocity of a frozen copy of the teacher, with the guidance scale drawn
-    at random and given to the guidance embedding (guidance distillation, Meng et al., 2023), which is what FLUX.1-dev is.
+    at random and given to the guidance embedding (guidance distillation, Meng et al., 2023), as in FLUX.1-dev.
 
     Args:
         pipeline: A FLUX pipeline; its transformer and text encoders are trained in place.
@@ -123,7 +123,9 @@ class TeacherStage(Stage):
         self.pools: dict[int, LatentPool] = {}
         self.samples_seen = 0
         # In a list, so that the frozen copy is neither saved nor counted as this module's own.
-        self._reference = [] if guidance is None else [copy.deepcopy(self._velocity_parts()).eval().requires_grad_(False)]
+        self._reference: list[nn.ModuleDict] = []
+        if guidance is not None:
+            self._reference.append(copy.deepcopy(self._velocity_parts()).eval().requires_grad_(False))
 
     def _velocity_parts(self) -> nn.ModuleDict:
         return nn.ModuleDict({"transformer": self.transformer, "t5": self.t5, "clip": self.clip})
@@ -142,8 +144,9 @@ class TeacherStage(Stage):
             for transformer in [self.transformer, *[reference["transformer"] for reference in self._reference]]:
                 transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
-    def training_step(self, seed: int, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Flow matching and read-out losses on one batch."""
+        seed = self.batch_seed()
         bucket = self._bucket(seed)
         self.samples_seen += bucket.batch_size * self.trainer.world_size
         generator = self.generator(seed)
@@ -182,13 +185,15 @@ class TeacherStage(Stage):
             part.eval()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the moving average."""
+        """Keeps the moving average and the count of samples; pools are filled anew after a resume."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["samples_seen"] = self.samples_seen
         checkpoint["average"] = self.average.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the moving average."""
+        """Restores the moving average and the count of samples."""
         super().on_load_checkpoint(checkpoint)
+        self.samples_seen = checkpoint["samples_seen"]
         self.average.load_state_dict(checkpoint["average"])
 
     def _bucket(self, seed: int) -> Bucket:
@@ -224,7 +229,8 @@ class TeacherStage(Stage):
         logits = self.read_out(functional.layer_norm(self._tap.hidden, self._tap.hidden.shape[-1:])).float()
         parts = logits.split([len(SHAPES) + 1, len(COLOURS) + 1, len(TEXTURES) + 1], dim=-1)
         pairs = zip(parts, classes, strict=True)
-        return torch.stack([functional.cross_entropy(part.flatten(0, 1), label.flatten()) for part, label in pairs]).sum()
+        losses = [functional.cross_entropy(part.flatten(0, 1), label.flatten()) for part, label in pairs]
+        return torch.stack(losses).sum()
 
 
 def zero_initialize_gates(transformer: nn.Module) -> None:
@@ -242,7 +248,7 @@ def _velocity(parts: nn.ModuleDict, inputs: tuple[Tensor, ...], tokens: tuple[Te
     prompt_embeds = parts["t5"](tokens[0])[0]
     pooled = parts["clip"](tokens[1]).pooler_output
     text_ids = image_ids.new_zeros(prompt_embeds.shape[1], 3)
-    transformer = parts["transformer"]
+    transformer: Any = parts["transformer"]
     return transformer(
         hidden_states=latents,
         encoder_hidden_states=prompt_embeds,
