@@ -7,16 +7,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help train test lint format clean
+.PHONY: help train test test-gpu lint format clean
 
 help:  ## Show the commands.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 train: $(STAMP)  ## Distil the default student (ARGS="mixer=clear window=16" overrides the configuration).
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP)  ## Run the tests (ARGS="tests/test_export.py -x" narrows them).
 	$(BIN)/python -m pytest --durations=15 $(ARGS)
+
+test-gpu: $(STAMP)  ## Run the tests that need a GPU.
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(STAMP)  ## Check style (ruff) and types (mypy).
 	$(BIN)/ruff check .
