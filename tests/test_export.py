@@ -358,7 +358,7 @@ def test_an_export_that_fails_leaves_the_old_one(student, picture, tmp_path):
 def test_no_room_on_the_disk_is_said_before_anything_is_written(student, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(LinearizeError, match="GB free"):
+    with pytest.raises(LinearizeError, match="MB free"):
         export_student(student, tmp_path / "student")
     assert not list(tmp_path.iterdir())
 
@@ -399,7 +399,7 @@ def test_a_student_folder_that_does_not_fit(copied, file, changes, message):
 def test_truncated_weights(copied, component):
     file = copied / f"{component}.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(LinearizeError, match="damaged or incomplete"):
+    with pytest.raises(LinearizeError, match="truncated or corrupt"):
         load_pipeline(copied)
     file.unlink()
     with pytest.raises(LinearizeError, match="damaged or incomplete"):

@@ -1,6 +1,7 @@
 """Whole-file writes, weight hashes, disk space."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 
 from linearize import files
 from linearize.errors import LinearizeError
+from linearize.pipeline_folder import check_pipeline_files
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
@@ -81,3 +83,47 @@ def test_disk_space(tmp_path):
     files.require_disk_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(LinearizeError, match="GB free"):
         files.require_disk_space(tmp_path, 10**18)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), "is no pipeline folder .*: choose another"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "holds no JSON object but a list"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer is missing or empty"),
+        (
+            lambda folder: (folder / "tokenizer_2" / "tokenizer.json").unlink(),
+            "tokenizer_2 is incomplete .it has none of tokenizer.json",
+        ),
+        (lambda folder: os.truncate(next((folder / "vae").glob("*.safetensors")), 99), "truncated or corrupt"),
+    ],
+)
+def test_a_damaged_pipeline_folder_is_told_before_it_is_loaded(tiny_flux_folder, tmp_path, damage, sentence):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_flux_folder, folder)
+    libraries = ("diffusers", "transformers")
+    assert check_pipeline_files(folder, libraries, next_step="none")["_class_name"] == "FluxPipeline"
+    with pytest.raises(LinearizeError, match="takes its scheduler from diffusers"):
+        check_pipeline_files(folder, ("transformers",), next_step="none")
+    damage(folder)
+    with pytest.raises(LinearizeError, match=sentence):
+        check_pipeline_files(folder, libraries, next_step="choose another")
+
+
+def test_a_library_s_error_is_cut_to_its_first_sentence():
+    assert (
+        files.first_sentence(ValueError("a.bias is of shape [2]. If you want, see https://x."))
+        == "a.bias is of shape [2]"
+    )
+    assert files.first_sentence(OSError("no file a.b found\nsecond line.")) == "no file a.b found"
+
+
+def test_new_files_are_as_open_as_the_umask_says(tmp_path):
+    with files.atomic_folder(tmp_path / "folder") as temporary:
+        save_file({"weight": torch.ones(2)}, temporary / "private.safetensors")
+    with files.atomic_file(tmp_path / "file.safetensors") as temporary:
+        save_file({"weight": torch.ones(2)}, temporary)
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder" / "private.safetensors").stat().st_mode == expected
+    assert (tmp_path / "file.safetensors").stat().st_mode == expected

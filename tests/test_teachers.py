@@ -94,9 +94,13 @@ def test_incomplete_folders_are_errors(copied_folder):
     assert "\n" not in str(caught.value)
     shutil.rmtree(copied_folder / "vae")
     save_file(weights, file)
+    with pytest.raises(LinearizeError, match="vae is missing or empty"):
+        load_teacher(copied_folder)
+    (copied_folder / "vae").mkdir()
+    (copied_folder / "vae" / "config.json").write_text("{")
     with pytest.raises(LinearizeError, match="does not load as a pipeline"):
         load_teacher(copied_folder)
-    shutil.rmtree(copied_folder / "transformer")
+    file.unlink()
     with pytest.raises(LinearizeError, match=r"transformer holds no \*\.safetensors"):
         load_teacher(copied_folder)
 

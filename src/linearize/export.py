@@ -5,15 +5,23 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from linearize.backbones import Backbone, all_backbones
 from linearize.backbones.saving import empty_student
 from linearize.errors import LinearizeError
-from linearize.files import atomic_folder, read_json, require_disk_space, write_json, write_text
+from linearize.files import (
+    atomic_folder,
+    first_sentence,
+    read_json_object,
+    require_disk_space,
+    write_json,
+    write_text,
+)
 from linearize.mixers import mixer_class
 from linearize.model_card import model_card
+from linearize.pipeline_folder import absent_components, check_pipeline_files
 
 FORMS = ("local", "standalone")
 LIBRARIES = ("diffusers", "transformers", "linearize")
@@ -75,9 +83,12 @@ def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None,
         LinearizeError: the folder is missing, damaged or holds no student, or asks for a mixer that does not exist.
     """
     folder = Path(folder).expanduser()
-    backbone = _backbone_of(folder)
-    absent = dict.fromkeys(_absent_components(folder, backbone))
-    student = load_student(folder / "transformer", backbone, dtype=torch_dtype)
+    index = check_pipeline_files(
+        folder, LIBRARIES, next_step="give the student/ folder that a run or export_student wrote"
+    )
+    backbone = _backbone_of(folder, index)
+    absent = dict.fromkeys(absent_components(index))
+    student = _load_student(folder / "transformer", backbone, dtype=torch_dtype)
     pipeline_class: Any = backbone.pipeline_class
     arguments = {**absent, "dtype": torch_dtype, "use_safetensors": True, "local_files_only": True, **arguments}
     try:
@@ -86,14 +97,12 @@ def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None,
         raise _damaged(folder, error) from error
 
 
-def load_student(folder: str | Path, backbone: Backbone, *, dtype: torch.dtype | None = None) -> nn.Module:
+def _load_student(folder: Path, backbone: Backbone, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Loads the transformer of a student strictly: every tensor is there, none is left over, all shapes fit.
 
     Raises:
         LinearizeError: a tensor is missing, left over or of another shape, or a file is damaged.
     """
-    folder = Path(folder)
-    _check_weights(folder)
     try:
         student_class: Any = backbone.student_class
         student, report = student_class.from_pretrained(
@@ -153,20 +162,15 @@ def _write_stub(folder: Path, class_name: str) -> None:
         f'"""The class of this transformer; it needs `pip install linearize`."""\n\n'
         f'from linearize import {class_name}\n\n__all__ = ["{class_name}"]\n',
     )
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     write_json(folder / "config.json", {**config, "auto_map": {"AutoModel": f"linearize.{class_name}"}})
 
 
-def _backbone_of(folder: Path) -> Backbone:
+def _backbone_of(folder: Path, index: dict[str, Any]) -> Backbone:
     """The backbone of a student folder, after its plan has been found to name mixers of ours alone."""
-    if not (folder / "model_index.json").is_file():
-        raise LinearizeError(
-            f"{folder} is no pipeline folder (it has no model_index.json): give the student/ folder that a run or "
-            "export_student wrote."
-        )
-    config = read_json(folder / "transformer" / "config.json")
+    config = read_json_object(folder / "transformer" / "config.json")
     backbones = {backbone.student_class.__name__: backbone for backbone in all_backbones()}
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    name = config.get("_class_name")
     if name not in backbones:
         raise LinearizeError(
             f"{folder} holds no student but a {name}: load it with diffusers, or give a folder with a "
@@ -177,39 +181,16 @@ def _backbone_of(folder: Path) -> Backbone:
         raise LinearizeError(f"{folder} has no plan of mixers in transformer/config.json: export the student again.")
     for rule in plan:
         mixer_class(rule["mixer"])
+    expected = backbones[name].pipeline_class.__name__
+    if index.get("_class_name") != expected:
+        raise LinearizeError(
+            f"{folder} is a {index.get('_class_name')}, and a student of {backbones[name].name} is a {expected}: "
+            "export it again from that pipeline."
+        )
     return backbones[name]
 
 
-def _absent_components(folder: Path, backbone: Backbone) -> list[str]:
-    """Components that the pipeline was saved without, which diffusers wants to be told.
-
-    Raises:
-        LinearizeError: the index would make diffusers look for a class anywhere but in known libraries.
-    """
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != backbone.pipeline_class.__name__:
-        raise LinearizeError(
-            f"{folder} is a {index.get('_class_name')}, and a student of {backbone.name} is a "
-            f"{backbone.pipeline_class.__name__}: export it again from that pipeline."
-        )
-    for component, entry in index.items():
-        if isinstance(entry, list) and entry[0] is not None and entry[0] not in LIBRARIES:
-            raise LinearizeError(
-                f"{folder} takes its {component} from {entry[0]!r}, not from {', '.join(LIBRARIES)}: nothing else is "
-                "imported, so get the folder from a source that you trust."
-            )
-    return [component for component, entry in index.items() if isinstance(entry, list) and entry[0] is None]
-
-
-def _check_weights(folder: Path) -> None:
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, error) from error
-
-
 def _damaged(path: Path, error: Exception) -> LinearizeError:
-    first_line = str(error).strip().partition("\n")[0]
-    return LinearizeError(f"{path} is damaged or incomplete ({first_line}): copy it or export the student again.")
+    return LinearizeError(
+        f"{path} is damaged or incomplete ({first_sentence(error)}): copy it or export the student again."
+    )

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from linearize.errors import LinearizeError
+
+
+def _open_to_umask(path: Path) -> None:
+    """Gives a new file the permissions that the user's umask asks for; safetensors makes its files private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _temporary_sibling(path: Path) -> Path:
@@ -29,8 +37,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _no_space(path: Path, error: OSError) -> LinearizeError:
-    return LinearizeError(f"{path} could not be written ({error.strerror}): free space or choose another folder.")
+def refused_write(path: str | Path | None, error: Exception) -> LinearizeError:
+    """The error of a write that the disk refused."""
+    reason = getattr(error, "strerror", None) or first_sentence(error)
+    return LinearizeError(f"{path} could not be written ({reason}): free space or choose another folder.")
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error of a library says, without the advice that follows and without its last full stop."""
+    return re.split(r"\n|(?<=[a-z\])])\. (?=[A-Z])", str(error).strip(), maxsplit=1)[0].rstrip(".")
 
 
 @contextlib.contextmanager
@@ -45,11 +60,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _open_to_umask(temporary)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        raise _no_space(path, error) from error
+    except (OSError, SafetensorError) as error:
+        raise refused_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -71,15 +87,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():
+                _open_to_umask(file)
             _sync(file)
         if path.exists():
             os.replace(path, aside)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if aside.exists() and not path.exists():
             os.replace(aside, path)
-        raise _no_space(path, error) from error
+        raise refused_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
@@ -115,6 +133,33 @@ def read_json(path: str | Path) -> Any:
         raise LinearizeError(f"{path} is no valid JSON ({error}): delete it and make it again.") from error
 
 
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        LinearizeError: the file is missing, is no JSON, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise LinearizeError(f"{path} holds no JSON object but a {type(content).__name__}: make or copy it again.")
+    return content
+
+
+def read_header(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, whose header is checked against the file's size.
+
+    Raises:
+        LinearizeError: the file is truncated or corrupt.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise LinearizeError(
+            f"{file} is truncated or corrupt ({first_sentence(error)}): copy or download the folder again."
+        ) from error
+
+
 def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().contiguous().cpu().reshape(-1)
@@ -142,15 +187,9 @@ def weight_hash(folder: str | Path) -> str:
         LinearizeError: no safetensors file is there, or one is truncated or corrupt.
     """
     folder = Path(folder)
-    places = {}
+    places: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                places.update({name: file for name in tensors.keys()})  # noqa: SIM118 (no mapping: it has keys() alone)
-        except (SafetensorError, OSError) as error:
-            raise LinearizeError(
-                f"{file} is truncated or corrupt ({error}): fetch or make the folder again."
-            ) from error
+        places.update(dict.fromkeys(read_header(file), file))
     if not places:
         raise LinearizeError(f"{folder} holds no *.safetensors file: give a folder that a model was saved to.")
     digest = hashlib.sha256()
@@ -173,6 +212,10 @@ def require_disk_space(path: str | Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise LinearizeError(
-            f"{path} needs about {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: "
+            f"{path} needs about {_megabytes(num_bytes)} and the disk has {_megabytes(free)} free: "
             "free space or choose another folder."
         )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.2f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:,.2f} GB"

@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from linearize.errors import LinearizeError
+from linearize.files import first_sentence
 
 
 def fetch_index(hub_id: str, revision: str | None) -> Path:
@@ -60,8 +61,7 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise LinearizeError(f"{hub_id} has no model_index.json: give the id of a diffusers pipeline.") from error
     except OSError as error:
-        first_line = str(error).strip().partition("\n")[0]
         raise LinearizeError(
-            f"{hub_id} could not be downloaded ({first_line}): check the network and the disk space, or set "
+            f"{hub_id} could not be downloaded ({first_sentence(error)}): check the network and the disk space, or set "
             "teacher.path=<folder of a copy>."
         ) from error

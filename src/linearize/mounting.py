@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.backbones import Backbone, find_backbone
 from linearize.errors import LinearizeError
 from linearize.export import student_of
-from linearize.files import atomic_folder, read_json, require_disk_space, state_hash, write_json
+from linearize.files import atomic_folder, read_json_object, require_disk_space, state_hash, write_json
 from linearize.surgery import SurgeryReport, linearize, trained_parameters
 
 WEIGHTS_FILE = "mixer.safetensors"
@@ -94,8 +94,8 @@ def mount_mixer(pipeline: DiffusionPipeline, folder: str | Path, *, same_base: b
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not folder.is_dir():
         raise LinearizeError(f"{folder} is no folder: give one that export_mixer wrote.")
-    spec = read_json(folder / SPEC_FILE)
-    if not isinstance(spec, dict) or spec.get("format") != FORMAT or not {"plan", "base"} <= spec.keys():
+    spec = read_json_object(folder / SPEC_FILE)
+    if spec.get("format") != FORMAT or not {"plan", "base"} <= spec.keys():
         raise LinearizeError(f"{folder / SPEC_FILE} is no mixer export of format {FORMAT}: export the mixer again.")
     try:
         return spec, load_file(folder / WEIGHTS_FILE)

@@ -48,13 +48,15 @@ def check_reload(
     difference = ((latents - expected).norm() / expected.norm()).item()
     if not difference <= TOLERANCE:
         raise LinearizeError(
-            f"{folder} paints another picture than the student that was exported (relative difference {difference:.3g}): "
-            "keep the run's checkpoint and report this as a bug."
+            f"{folder} paints another picture than the student that was exported (relative difference "
+            f"{difference:.3g}): keep the run's checkpoint and report this as a bug."
         )
     return difference
 
 
-def _sample(teacher: Teacher, pipeline: object, conditioning: dict[str, Tensor], settings: EvaluationSettings) -> Tensor:
+def _sample(
+    teacher: Teacher, pipeline: object, conditioning: dict[str, Tensor], settings: EvaluationSettings
+) -> Tensor:
     with torch.no_grad():
         return teacher.backbone.sample(
             pipeline,

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.backbones import Backbone, all_backbones
 from linearize.errors import LinearizeError
-from linearize.files import read_json, weight_hash
+from linearize.files import first_sentence, read_json_object, weight_hash
 from linearize.hub import fetch_index, fetch_pipeline
+from linearize.pipeline_folder import check_libraries, check_pipeline_files
 
 COMPONENT_LIBRARIES = ("diffusers", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -186,22 +187,12 @@ def _freeze(pipeline: DiffusionPipeline) -> None:
 
 
 def _backbone_of(index: Mapping[str, Any], source: str) -> Backbone:
-    """The backbone of a pipeline's model_index.json, which must name known classes.
-
-    Nothing else is ever imported from it.
-    """
+    """The backbone of a pipeline's model_index.json, which must name known classes."""
     backbones = {backbone.pipeline_class.__name__: backbone for backbone in all_backbones()}
     name = index.get("_class_name")
     if name not in backbones:
         raise LinearizeError(f"{source} is a {name}, which has no backbone: give a folder of {' or '.join(backbones)}.")
     backbone = backbones[name]
-    for component, entry in index.items():
-        if isinstance(entry, list) and entry[0] is not None and entry[0] not in COMPONENT_LIBRARIES:
-            raise LinearizeError(
-                f"{source} takes its {component} from {entry[0]}.{entry[1]}, not from "
-                f"{' or '.join(COMPONENT_LIBRARIES)}: "
-                "a teacher is a stock pipeline, so give the one that this folder was made from."
-            )
     transformer = index.get("transformer", [None, None])[1]
     if transformer != backbone.transformer_class.__name__:
         raise LinearizeError(
@@ -209,17 +200,6 @@ def _backbone_of(index: Mapping[str, Any], source: str) -> Backbone:
             f"{name} folder."
         )
     return backbone
-
-
-def _check_weights(folder: Path) -> None:
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise LinearizeError(
-                f"{file} is truncated or corrupt ({error}): copy or download the teacher again."
-            ) from error
 
 
 def _read_pipeline(pipeline_class: Any, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
@@ -231,21 +211,18 @@ def _read_pipeline(pipeline_class: Any, folder: Path, dtype: torch.dtype) -> Dif
                 folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first_line = str(error).strip().partition("\n")[0]
         raise LinearizeError(
-            f"{folder} does not load as a pipeline ({first_line}): copy or download it again."
+            f"{folder} does not load as a pipeline ({first_sentence(error)}): copy or download it again."
         ) from error
 
 
 def _load_folder(folder: Path, *, name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> Teacher:
-    if not (folder / "model_index.json").is_file():
-        raise LinearizeError(
-            f"{folder} is no pipeline folder (it has no model_index.json): set teacher.path to a folder that "
-            "save_pretrained wrote, "
-            "or choose teacher=scenes."
-        )
-    backbone = _backbone_of(read_json(folder / "model_index.json"), str(folder))
-    _check_weights(folder)
+    index = check_pipeline_files(
+        folder,
+        COMPONENT_LIBRARIES,
+        next_step="set teacher.path to a folder that save_pretrained wrote, or choose teacher=scenes",
+    )
+    backbone = _backbone_of(index, str(folder))
     digest = weight_hash(folder / "transformer")
     pipeline = _read_pipeline(backbone.pipeline_class, folder, dtype)
     missing = [key for key, parameter in pipeline.transformer.named_parameters() if parameter.is_meta]
@@ -261,7 +238,9 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str]:
     """Fetches a pipeline into the hub cache; returns its folder and the commit that the revision resolved to."""
     index = fetch_index(hub_id, revision)
     commit = index.parent.name
-    pipeline_class: Any = _backbone_of(read_json(index), hub_id).pipeline_class
+    content = read_json_object(index)
+    check_libraries(content, hub_id, COMPONENT_LIBRARIES)
+    pipeline_class: Any = _backbone_of(content, hub_id).pipeline_class
     return fetch_pipeline(pipeline_class, hub_id, commit), commit
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from linearize.data.prompts import PromptSource
 from linearize.data.settings import GenerationSettings
 from linearize.errors import LinearizeError
-from linearize.files import read_json
+from linearize.files import read_json_object
 from linearize.teachers import Teacher
 
 DESCRIPTION = "store.json"
@@ -25,7 +25,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} is no store of samples (it has no {DESCRIPTION}): run scripts/generate_data.py out={folder}, "
             "or set data=generated."
         )
-    description = read_json(folder / DESCRIPTION)
+    description = read_json_object(folder / DESCRIPTION)
     if description.get("format") != FORMAT:
         raise LinearizeError(
             f"{folder} has the format {description.get('format')} and this version reads {FORMAT}: generate the "

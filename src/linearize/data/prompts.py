@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from linearize.errors import LinearizeError
+from linearize.files import first_sentence
 from linearize.scenes import grammar
 
 GRAMMAR_BLOCK = 256
@@ -131,9 +132,8 @@ def dataset_prompts(*, path: str | None, key: str, split: str, **_: Any) -> Prom
         else:
             dataset = datasets.load_dataset(str(local) if local.exists() else path, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first_line = str(error).strip().partition("\n")[0]
         raise LinearizeError(
-            f"prompts.path={path} with prompts.split={split} does not load as a dataset ({first_line}): check the "
+            f"prompts.path={path} with prompts.split={split} does not load as a dataset ({first_sentence(error)}): check the "
             "name, the split and the network."
         ) from error
     if key not in dataset.column_names:
