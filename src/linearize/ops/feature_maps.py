@@ -156,7 +156,11 @@ class FocusedMap(FeatureMap):
 
     def map(self, states: Tensor) -> Tensor:
         """See `FeatureMap.map`."""
-        return focus(floored_relu(states) / F.softplus(self.width), self.power, dim=(1, -1) if self.whole_width else -1)
+        return focus(
+            floored_relu(states) / F.softplus(self.width.to(states.dtype)),
+            self.power,
+            dim=(1, -1) if self.whole_width else -1,
+        )
 
 
 class HedgehogMap(FeatureMap):
@@ -188,7 +192,9 @@ class PolarMap(FeatureMap):
 
     def map(self, states: Tensor) -> Tensor:
         """See `FeatureMap.map`."""
-        return signed_powers(states / F.softplus(self.width), 1 + 4 * self.power.sigmoid())
+        return signed_powers(
+            states / F.softplus(self.width.to(states.dtype)), 1 + 4 * self.power.to(states.dtype).sigmoid()
+        )
 
 
 class ExponentialMap(FeatureMap):

@@ -1,0 +1,282 @@
+"""What mixers with a linear branch share: text that is handled exactly, one normaliser, and its calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import LinearizeError
+from linearize.layout import Layout
+from linearize.mixers.base import AttentionShape, Mixer, MixerContext
+from linearize.ops.dense_attention import match_heads
+from linearize.ops.feature_maps import Features
+from linearize.ops.linear_attention import (
+    LinearPart,
+    SoftmaxPart,
+    dense_join,
+    dense_linear_weights,
+    join,
+    linear_attention,
+    softmax_part,
+    with_text_queries,
+)
+from linearize.ops.precision import widen, without_autocast
+from linearize.ops.rotary import rotate_features
+
+TEXT = ("exact", "state")
+ROPE = ("before_map", "after_map", "none")
+# Queries of one block when the teacher's masses are measured.
+QUERIES_PER_BLOCK = 1024
+
+
+def check_choice(mixer: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Checks an argument that has a few values.
+
+    Raises:
+        LinearizeError: It is none of them.
+    """
+    if value not in choices:
+        raise LinearizeError(f"mixer {mixer!r} got {name}={value!r}; choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_number(mixer: str, name: str, value: object, least: int) -> None:
+    """Checks an argument that counts something.
+
+    Raises:
+        LinearizeError: It is no whole number, or below the least.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise LinearizeError(f"mixer {mixer!r} got {name}={value!r}; choose a whole number, {least} or more")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Query, key and value of one call: as given, and in float32 at least with a key and value for each query head.
+
+    Attributes:
+        query: [batch, heads, tokens, head_dim], not rotated.
+        key: Same.
+        value: Same.
+        given: Query, key and value as the layer gave them, with key-value heads.
+        context: The call's context.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    given: tuple[Tensor, Tensor, Tensor]
+    context: MixerContext
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tokens:
+        """The tokens of one call."""
+        wide = (widen(query), widen(match_heads(key, query)), widen(match_heads(value, query)))
+        return cls(*wide, (query, key, value), context)
+
+    @cached_property
+    def given_rotated(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated query and key, and value, in their own types and with key-value heads."""
+        query, key, value = self.given
+        return self.context.rotate(query), self.context.rotate(key), value
+
+    @cached_property
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """Query and key, rotated, in float32 at least and with a key for each query head."""
+        query, key, _ = self.given_rotated
+        return widen(query), widen(match_heads(key, query))
+
+    @property
+    def image(self) -> slice:
+        """Where image tokens are."""
+        return self.context.layout.image_slice
+
+    @property
+    def text(self) -> slice:
+        """Where text tokens are."""
+        return self.context.layout.text_slice
+
+    def mask_of(self, where: slice) -> Tensor | None:
+        """The key mask of some tokens."""
+        return None if self.context.key_mask is None else self.context.key_mask[:, where]
+
+
+class FeaturePair(NamedTuple):
+    """Features of query and key, and the rotated ones that take their place in the numerator."""
+
+    query: Features
+    key: Features
+    rotated: tuple[Tensor, Tensor] | None = None
+
+    def at(self, queries: slice, keys: slice) -> FeaturePair:
+        """Those of some tokens."""
+        rotated = None if self.rotated is None else (self.rotated[0][:, :, queries], self.rotated[1][:, :, keys])
+        return FeaturePair(_at(self.query, queries), _at(self.key, keys), rotated)
+
+
+def _at(features: Features, where: slice) -> Features:
+    each = features.log_scale.dim() > 2 and features.log_scale.shape[2] == features.values.shape[2]
+    return Features(features.values[:, :, where], features.log_scale[:, :, where] if each else features.log_scale)
+
+
+def in_order(text: Tensor, image: Tensor, layout: Layout) -> Tensor:
+    """Text and image tokens, [batch, heads, tokens, channels], one after another as the layout says."""
+    return torch.cat([text, image] if layout.text_first else [image, text], dim=2)
+
+
+def rotate_pair(query: Features, key: Features, context: MixerContext, num_parts: int) -> FeaturePair:
+    """Features with RoPE after the map; each part rotates as the positions say, at its own width."""
+    angles = context.angles(context.positions, query.values.shape[-1] // num_parts)
+    rotated = tuple(rotate_features(features.values, angles, num_parts) for features in (query, key))
+    return FeaturePair(query, key, (rotated[0], rotated[1]))
+
+
+class JointMixer(Mixer):
+    """Base of mixers in which image tokens see image tokens by linear attention and text by softmax.
+
+    With text="exact" text tokens see all tokens by softmax, and image tokens join softmax over the text with their
+    linear attention under one normaliser; `log_scale` weighs the linear branch in each head. With text="state" text
+    is part of the linear attention: cheaper, and no longer the teacher's attention for text.
+
+    A subclass gives features of all tokens (`features`) and may say how image tokens mix (`mix_images`,
+    `dense_images`).
+    """
+
+    def __init__(
+        self, shape: AttentionShape, name: str, *, text: str, log_mean_product: float, has_window: bool = False
+    ) -> None:
+        super().__init__(shape)
+        check_choice(name, "text", text, TEXT)
+        self.text, self.has_exact_keys = text, text == "exact" or has_window
+        if self.has_exact_keys:
+            # An average key weighs as much as under softmax: for unit normal vectors the mean of exp(qk / sqrt(d)) is
+            # near exp(1/2). Calibration does better.
+            self.log_scale = nn.Parameter(torch.full((shape.num_heads,), 0.5 - log_mean_product))
+
+    def features(self, tokens: Tokens) -> FeaturePair:
+        """Features of all tokens, in float32 at least."""
+        raise NotImplementedError
+
+    def attend(self, pair: FeaturePair, value: Tensor, key_mask: Tensor | None) -> LinearPart:
+        """Linear attention of some queries on some keys."""
+        return linear_attention(pair.query, pair.key, value, key_mask=key_mask, rotated=pair.rotated)
+
+    def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
+        """Linear attention of image tokens on image tokens; without gates unless a subclass has them."""
+        return self.attend(pair, tokens.value[:, :, tokens.image], tokens.mask_of(tokens.image))
+
+    def dense_weights(self, pair: FeaturePair) -> tuple[Tensor, Tensor]:
+        """The definition of `attend`: weights of numerator and mass, before masks."""
+        return dense_linear_weights(pair.query, pair.key, pair.rotated)
+
+    def dense_images(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The definition of `mix_images`: weights of numerator and mass, before masks."""
+        return self.dense_weights(pair)
+
+    def exact_part(self, tokens: Tokens) -> SoftmaxPart | None:
+        """What image tokens see by softmax, if anything."""
+        if self.text == "state":
+            return None
+        query, key = tokens.rotated
+        return softmax_part(
+            query[:, :, tokens.image],
+            key[:, :, tokens.text],
+            tokens.value[:, :, tokens.text],
+            scale=tokens.context.scale,
+            key_mask=tokens.mask_of(tokens.text),
+        )
+
+    def sees_exactly(self, tokens: Tokens) -> Tensor:
+        """The definition of `exact_part`: [tokens, tokens], True where the softmax weight holds, text rows included."""
+        is_text = torch.zeros(tokens.query.shape[2], dtype=torch.bool, device=tokens.query.device)
+        is_text[tokens.text] = self.text == "exact"
+        return is_text[:, None] | is_text
+
+    def add_to_images(self, output: Tensor, tokens: Tokens) -> Tensor:
+        """What a subclass adds to the image tokens' output, [batch, heads, image tokens, head_dim]."""
+        return output
+
+    @without_autocast
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
+        """See `Mixer.forward`."""
+        return self.mix(Tokens.of(query, key, value, context)).to(value.dtype)
+
+    @without_autocast
+    def reference(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
+        """See `Mixer.reference`."""
+        return self.dense_mix(Tokens.of(query, key, value, context)).to(value.dtype)
+
+    def mix(self, tokens: Tokens) -> Tensor:
+        """The output of all tokens."""
+        pair, image, text, context = self.features(tokens), tokens.image, tokens.text, tokens.context
+        part = self.mix_images(pair.at(image, image), tokens)
+        if self.text == "state":
+            from_text = self.attend(pair.at(image, text), tokens.value[:, :, text], tokens.mask_of(text))
+            part = part._replace(numerator=part.numerator + from_text.numerator, mass=part.mass + from_text.mass)
+        if self.has_exact_keys:
+            part = part.scaled(self.log_scale)
+        output = self.add_to_images(join(self.exact_part(tokens), part), tokens)
+        if self.text == "state":
+            text_output = join(None, self.attend(pair.at(text, slice(None)), tokens.value, context.key_mask))
+            return in_order(text_output, output, context.layout)
+        return with_text_queries(
+            output, *tokens.given_rotated, layout=context.layout, scale=context.scale, key_mask=context.key_mask
+        )
+
+    def dense_mix(self, tokens: Tokens) -> Tensor:
+        """The definition of `mix`."""
+        output = self.dense_attention(tokens, self.features(tokens))
+        image = self.add_to_images(output[:, :, tokens.image], tokens)
+        return in_order(output[:, :, tokens.text], image, tokens.context.layout)
+
+    def dense_attention(self, tokens: Tokens, pair: FeaturePair) -> Tensor:
+        """Softmax and linear weights of all tokens on all tokens under one normaliser."""
+        query, key = tokens.rotated
+        image, seen = tokens.image, self.sees_exactly(tokens)
+        linear = []
+        for weights, among in zip(
+            self.dense_weights(pair), self.dense_images(pair.at(image, image), tokens), strict=True
+        ):
+            placed = weights.clone()
+            placed[..., image, image] = among
+            if self.has_exact_keys:
+                placed = placed * self.log_scale.exp()[:, None, None]
+            linear.append(placed.masked_fill(seen, 0.0))
+        if tokens.context.key_mask is not None:
+            valid = tokens.context.key_mask[:, None, None]
+            seen, linear = seen & valid, [weights.masked_fill(~valid, 0.0) for weights in linear]
+        scores = query @ key.transpose(-1, -2) * tokens.context.scale
+        return dense_join(scores, seen, (linear[0], linear[1]), tokens.value)
+
+    @torch.no_grad()
+    def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
+        """See `Mixer.calibrate`: `log_scale` gives the linear branch the mass that the teacher has on its keys."""
+        tokens = Tokens.of(query, key, value, context)
+        exact = self.exact_part(tokens)
+        if exact is None:
+            return
+        part = self.mix_images(self.features(tokens).at(tokens.image, tokens.image), tokens)
+        everything = self._log_mass_of_teacher(tokens)
+        target = (1 - (exact.log_mass - everything).exp()).clamp(0, 1).mean(dim=(0, 2, 3))
+        tiny = torch.finfo(part.mass.dtype).tiny
+        log_mass = part.mass.mean(dim=-1, keepdim=True).clamp(min=tiny).log() + part.log_scale
+        low, high = (torch.full_like(target, bound) for bound in (-60.0, 60.0))
+        for _ in range(50):
+            middle = (low + high) / 2
+            share = (log_mass + middle[:, None, None] - exact.log_mass).sigmoid().mean(dim=(0, 2, 3))
+            low, high = torch.where(share < target, middle, low), torch.where(share < target, high, middle)
+        self.log_scale.copy_((low + high) / 2)
+
+    def _log_mass_of_teacher(self, tokens: Tokens) -> Tensor:
+        """Logarithm of sum_j exp(s_ij) of image tokens over all keys, [batch, heads, image tokens, 1]."""
+        query, key = tokens.rotated
+        masses = []
+        for block in query[:, :, tokens.image].split(QUERIES_PER_BLOCK, dim=2):
+            scores = block @ key.transpose(-1, -2) * tokens.context.scale
+            if tokens.context.key_mask is not None:
+                scores = scores.masked_fill(~tokens.context.key_mask[:, None, None], -torch.inf)
+            masses.append(scores.logsumexp(dim=-1, keepdim=True))
+        return torch.cat(masses, dim=2)

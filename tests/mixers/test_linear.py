@@ -1,0 +1,132 @@
+"""What the linear mixer's formula promises, beside the matrix."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from contexts import SHAPE, flux_context, random_tokens
+from linearize.errors import LinearizeError
+from linearize.layout import TILE, Grid, Layout
+from linearize.mixers import AttentionShape, build_mixer
+from linearize.mixers.linear import LinearMixer
+from linearize.ops.depthwise import depthwise_images
+from linearize.ops.feature_maps import elu_plus_one
+
+LAYOUT = Layout(5, (Grid(7, 11),))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_without_exact_text_it_is_the_published_formula():
+    query, key, value = random_tokens(LAYOUT)
+    mixer = LinearMixer(SHAPE, rope="none", text="state").double()
+    weights = elu_plus_one(query) @ elu_plus_one(key).transpose(-1, -2)
+    expected = weights @ value / weights.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(mixer(query, key, value, flux_context(LAYOUT)), expected)
+
+
+@pytest.mark.parametrize("text", ["exact", "state"])
+def test_few_heads_are_wide_heads(text):
+    """LiT: one linear head of width 32 instead of two of 16; the shapes of query, key and value stay."""
+    inputs, context = random_tokens(LAYOUT), flux_context(LAYOUT)
+    merged = LinearMixer(SHAPE, rope="none", num_heads=1, text="state").double()
+    wide = [states.transpose(1, 2).flatten(2)[:, None] for states in inputs]
+    alone = LinearMixer(AttentionShape(1, 32, 32), rope="none", text="state").double()
+    expected = alone(*wide, context)[:, 0].unflatten(-1, (2, 16)).transpose(1, 2)
+    torch.testing.assert_close(merged(*inputs, context), expected)
+
+
+def test_rows_sum_to_one_except_with_rope_after_the_map():
+    query, key, value = random_tokens(LAYOUT)
+    for feature_map in ("elu", "relu", "focused", "hedgehog", "polar", "exponential"):
+        for text in ("exact", "state"):
+            sums = {}
+            for rope in ("before_map", "after_map", "none"):
+                mixer = LinearMixer(SHAPE, feature_map=feature_map, rope=rope, text=text).double()
+                sums[rope] = mixer(query, key, torch.ones_like(value), flux_context(LAYOUT))
+            for rope in ("before_map", "none"):
+                torch.testing.assert_close(sums[rope], torch.ones_like(value))
+            assert (sums["after_map"][:, :, LAYOUT.image_slice] - 1).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("knobs", [{"convolution": 5}, {"mlp": 8}])
+def test_new_branches_start_as_nothing(knobs):
+    inputs, context = random_tokens(LAYOUT), flux_context(LAYOUT)
+    plain = build_mixer("linear", SHAPE, {}).double()
+    torch.testing.assert_close(build_mixer("linear", SHAPE, knobs).double()(*inputs, context), plain(*inputs, context))
+
+
+@pytest.mark.parametrize(("num_heads", "filters"), [(0, 16), (1, 32)])
+def test_the_convolution_has_the_published_number_of_parameters(num_heads, filters):
+    """LiT and FLatten: 26 parameters for each channel of one head, shared by heads."""
+    with_filter, without = (LinearMixer(SHAPE, num_heads=num_heads, convolution=side) for side in (5, 0))
+    count = [sum(parameter.numel() for parameter in mixer.parameters()) for mixer in (with_filter, without)]
+    assert count[0] - count[1] == 26 * filters
+
+
+def test_the_convolution_sees_every_picture_alone_in_any_order():
+    layout = Layout(0, (Grid(5, 9), Grid(4, 17)), tile=TILE)
+    states, weight, bias = torch.randn(2, 3, layout.num_image_tokens, 4), torch.randn(4, 3, 3), torch.randn(4)
+    raster = depthwise_images(states, weight, bias, layout)[:, :, layout.tile_to_raster()]
+    parts = states[:, :, layout.tile_to_raster()].split([45, 68], dim=2)
+    for grid, tokens, ours in zip(layout.grids, parts, raster.split([45, 68], dim=2), strict=True):
+        maps = tokens.flatten(0, 1).unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)
+        expected = F.conv2d(maps, weight[:, None], bias, padding=1, groups=4)
+        torch.testing.assert_close(ours.flatten(0, 1), expected.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_permuting_tokens_commutes_unless_there_is_a_convolution():
+    layout = Layout(0, (Grid(6, 9),))
+    inputs, context = random_tokens(layout), flux_context(layout)
+    order = torch.randperm(layout.num_tokens)
+    for convolution, commutes in ((0, True), (3, False)):
+        mixer = LinearMixer(SHAPE, rope="none", convolution=convolution).double()
+        if convolution:
+            torch.nn.init.normal_(mixer.filter)
+        moved = mixer(*(states[:, :, order] for states in inputs), context)
+        assert torch.allclose(moved, mixer(*inputs, context)[:, :, order]) == commutes
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "hedgehog", "exponential"])
+def test_calibration_gives_images_the_teachers_mass(feature_map):
+    query, key, value = (states.detach() for states in random_tokens(LAYOUT))
+    context = flux_context(LAYOUT)
+    mixer = LinearMixer(SHAPE, feature_map=feature_map, rope="none").double()
+    # With 1 as the value of image tokens and 0 as that of text, the output is the mass on image tokens.
+    marker = torch.zeros_like(value)
+    marker[:, :, LAYOUT.image_slice] = 1
+    softmax = build_mixer("softmax", SHAPE, {})
+
+    def image_mass(of):
+        return of(query, key, marker, context)[:, :, LAYOUT.image_slice].mean(dim=(0, 2, 3))
+
+    with torch.no_grad():
+        mixer.log_scale.add_(3)
+    assert (image_mass(mixer) - image_mass(softmax.reference)).abs().max() > 1e-2
+    mixer.calibrate(query, key, value, context)
+    torch.testing.assert_close(image_mass(mixer), image_mass(softmax.reference), rtol=1e-6, atol=1e-6)
+
+
+def test_operations_grow_linearly_with_the_picture():
+    mixer = LinearMixer(AttentionShape(24, 128, 3072), feature_map="hedgehog", convolution=5)
+    small, large, larger = (mixer.flops(Layout(512, (Grid(side, 64),))) for side in (64, 128, 192))
+    assert larger - large == large - small
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"feature_map": "silu"}, "unknown feature_map 'silu', choose one of elu, relu"),
+        ({"rope": "before"}, "got rope='before'; choose before_map, after_map or none"),
+        ({"text": "exactly"}, "got text='exactly'; choose exact or state"),
+        ({"num_heads": 3}, "num_heads=3, but the layer has 2; choose a divisor"),
+        ({"convolution": 4}, "convolution=4; choose an odd side"),
+        ({"mlp": -1}, "mlp=-1; choose a whole number, 0 or more"),
+    ],
+)
+def test_what_it_cannot_do_is_told(knobs, sentence):
+    with pytest.raises(LinearizeError, match=sentence):
+        build_mixer("linear", SHAPE, knobs)
