@@ -17,8 +17,8 @@ VARIANTS = {
     "clear": [{"window": 3}, {"window": 5, "downsample": 2}, {"window": 2, "downsample": 3}],
     "linear": [
         {"feature_map": "relu", "rope": "none", "num_heads": 1, "convolution": 5},
-        {"feature_map": "hedgehog", "rope": "before_map", "mlp": 4},
-        {"feature_map": "polar", "num_heads": 1, "text": "state"},
+        {"feature_map": "hedgehog", "rope": "after_map", "mlp": 4},
+        {"feature_map": "polar", "rope": "after_map", "num_heads": 1, "text": "state"},
         {"feature_map": "exponential", "text": "state", "rope": "none"},
         {"feature_map": "focused", "focused_lengths": "width", "convolution": 3, "text": "state"},
     ],
@@ -26,6 +26,7 @@ VARIANTS = {
         {"blocks_per_side": 3, "feature_map": "relu", "rope": "after_map", "shared_mix": True},
         {"blocks_per_side": 2, "feature_map": "elu", "text": "state"},
     ],
+    "nprf": [{"num_features": 3, "bias_width": 4, "text": "state"}],
     "performer": [{"num_features": 24, "text": "state"}, {"num_features": 40, "variant": "paper"}],
 }
 LAYOUTS = [

@@ -110,8 +110,8 @@ def test_the_cost_is_linear_in_tokens():
     ("knobs", "words"),
     [
         ({"blocks_per_side": 0}, "blocks_per_side=0; choose a whole number, 1 or more"),
-        ({"rope": "after"}, "rope='after'; choose one of before_map, after_map, none"),
-        ({"text": "none"}, "text='none'; choose one of exact, state"),
+        ({"rope": "after"}, "rope='after'; choose before_map, after_map or none"),
+        ({"text": "none"}, "text='none'; choose exact or state"),
         ({"feature_map": "gelu"}, "unknown feature_map 'gelu', choose one of elu, relu"),
     ],
 )

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._kernel import KernelFeatures, KernelMixer, check_choice, check_count
+from linearize.mixers._joint import ROPE, FeaturePair, Tokens, check_choice, check_number, rotate_pair
+from linearize.mixers._kernel import KernelMixer, text_flops
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.block_states import block_index, mix_block_states
 from linearize.ops.feature_maps import build_feature_map
 from linearize.ops.linear_attention import linear_attention_flops
-from linearize.ops.rotary import rotate_features
 
 
 class MhlaMixer(KernelMixer):
@@ -40,7 +40,7 @@ class MhlaMixer(KernelMixer):
         blocks_per_side: Blocks along either side of the picture.
         feature_map: A name of `linearize.ops.feature_maps`.
         rope: "before_map", "after_map" (relative positions as in the video code; weights may be negative) or "none".
-        text: "exact" or "state", see `KernelMixer`.
+        text: "exact" or "state", see `JointMixer`.
         shared_mix: One matrix for all heads.
 
     Raises:
@@ -52,31 +52,26 @@ class MhlaMixer(KernelMixer):
         shape: AttentionShape,
         *,
         blocks_per_side: int = 4,
-        feature_map: str = "exponential",
+        feature_map: str = "polar",
         rope: str = "before_map",
         text: str = "exact",
         shared_mix: bool = False,
     ) -> None:
-        super().__init__(shape, "mhla", text)
-        check_count("mhla", "blocks_per_side", blocks_per_side)
-        check_choice("mhla", "rope", rope, ("before_map", "after_map", "none"))
-        self.blocks_per_side, self.rope = blocks_per_side, rope
-        self.map = build_feature_map(feature_map, shape.num_heads, shape.head_dim)
-        # exp(q k / sqrt(d)) of unit normals is e^(1/2) on average: the linear weights start at the softmax's size.
-        nn.init.constant_(self.log_scale, 0.5 - self.map.log_mean_product)
+        check_number("mhla", "blocks_per_side", blocks_per_side, 1)
+        check_choice("mhla", "rope", rope, ROPE)
+        feature_module = build_feature_map(feature_map, shape.num_heads, shape.head_dim)
+        super().__init__(shape, "mhla", text=text, log_mean_product=feature_module.log_mean_product)
+        self.blocks_per_side, self.rope, self.map = blocks_per_side, rope, feature_module
         self.log_mix = nn.Parameter(_near_blocks(blocks_per_side).repeat(1 if shared_mix else shape.num_heads, 1, 1))
 
-    def features(self, query: Tensor, key: Tensor, context: MixerContext) -> KernelFeatures:
-        """See `KernelMixer.features`."""
-        if self.rope == "before_map":
-            query, key = context.rotate(query), context.rotate(key)
+    def features(self, tokens: Tokens) -> FeaturePair:
+        """See `JointMixer.features`."""
+        query, key = tokens.rotated if self.rope == "before_map" else (tokens.query, tokens.key)
+        context = tokens.context
         mapped = (self.map(query, is_key=False), self.map(key, is_key=True, key_mask=context.key_mask))
-        if self.rope != "after_map":
-            return KernelFeatures(*mapped)
-        parts = self.map.num_parts
-        angles = context.angles(context.positions, self.map.num_features // parts)
-        query, key = (rotate_features(features.values, angles, parts) for features in mapped)
-        return KernelFeatures(*mapped, (query, key))
+        if self.rope == "after_map":
+            return rotate_pair(*mapped, context, self.map.num_parts)
+        return FeaturePair(*mapped)
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `KernelMixer.weigh`."""
@@ -89,11 +84,11 @@ class MhlaMixer(KernelMixer):
         return self.log_mix.exp().to(like.dtype)[:, index][:, :, index]
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
-        """Linear attention, the mixing of states, and text; a map's own products are included."""
+        """Linear attention, the mixing of states, and text; without a map's own products."""
         num_features, head_dim = self.map.num_features, self.shape.head_dim
         tokens, states = layout.num_image_tokens, self.blocks_per_side**4
         each = linear_attention_flops(tokens, tokens, num_features, head_dim)
-        each += 2 * states * num_features * (head_dim + 1) + self.text_flops(layout, num_features)
+        each += 2 * states * num_features * (head_dim + 1) + text_flops(self.text, layout, num_features, head_dim)
         return batch * self.shape.num_heads * each
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
 import torch
 from torch import Tensor
 
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """A context in which autocast does not narrow matrix products."""
-    return torch.autocast(like.device.type, enabled=False)
+Arguments = ParamSpec("Arguments")
 
 
 def widen(states: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is wider."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def without_autocast(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """A function, or method, whose matrix products autocast does not narrow; its first tensor tells the device."""
+
+    @wraps(function)
+    def computed(*arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*arguments, **named)
+
+    return computed
