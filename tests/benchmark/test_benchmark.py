@@ -14,6 +14,7 @@ from linearize.benchmark.runner import benchmark
 from linearize.config import register_resolvers
 from linearize.errors import LinearizeError
 from linearize.ops import local_attention as ops
+from linearize.ops.regions import Disc
 from linearize.teachers import load_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +50,8 @@ def test_every_backend_passes_the_parity_gate(sizes, dtype):
 
 
 def test_no_speed_of_a_backend_that_computes_something_else(sizes, monkeypatch):
-    def smaller_disc(*states, window, **options):
-        return ops.naive(*states, window=window - 1, **options)
+    def smaller_disc(*states, region, **options):
+        return ops.naive(*states, region=Disc(region.window - 1), **options)
 
     monkeypatch.setitem(ops.BACKENDS, "wrong", smaller_disc)
     rows = attention_rows(sizes, sides=[8], windows=[3], backends=["wrong"], passes=["forward"])

@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.ops.disc import coordinates, disc_covers, exact_pairs
-from linearize.ops.halo_tables import visited_pairs
-from linearize.ops.local_attention import local_attention
+from linearize.ops.halo_tables import seen_pairs, visited_pairs
+from linearize.ops.local_attention import dense_sight, local_attention
+from linearize.ops.regions import REGIONS, Disc, Neighborhood, TouchedTiles
 
 sizes = st.integers(1, 21)
 grids = st.one_of(
@@ -37,8 +38,11 @@ def with_gradients(inputs, **arguments):
     masked=st.booleans(),
     batch=st.integers(1, 3),
     key_heads=st.sampled_from([1, 2]),
+    region=st.sampled_from(sorted(REGIONS)),
 )
-def test_halo_equals_the_dense_definition(grids, window, num_text_tokens, text_first, tile, masked, batch, key_heads):
+def test_halo_equals_the_dense_definition(
+    grids, window, num_text_tokens, text_first, tile, masked, batch, key_heads, region
+):
     num_tokens = Layout(num_text_tokens, grids).num_tokens
     inputs = tokens(num_tokens, batch, key_heads=key_heads)
     arguments = dict(
@@ -48,6 +52,7 @@ def test_halo_equals_the_dense_definition(grids, window, num_text_tokens, text_f
         text_first=text_first,
         tile=tile,
         scale=0.3,
+        region=region,
         key_mask=torch.rand(batch, num_tokens) > 0.4 if masked else None,
     )
     expected = with_gradients(inputs, backend="naive", **arguments)
@@ -155,13 +160,13 @@ def test_exact_pairs_are_counted_right(grids, window):
     inside = (places[:, None] - places[None]).square().sum(-1) < window**2
     assert exact_pairs(grids, window) == int(inside.sum())
     assert disc_covers(grids, window) == bool(inside.all())
-    assert visited_pairs(grids, window) >= exact_pairs(grids, window)
+    assert seen_pairs(grids, Disc(window)) == exact_pairs(grids, window) <= visited_pairs(grids, Disc(window))
 
 
 @pytest.mark.parametrize("window", [8, 16])
 @pytest.mark.parametrize("grid", [Grid(32, 32), Grid(64, 64), Grid(128, 128), Grid(61, 97)])
 def test_halo_visits_at_most_two_and_a_half_times_the_exact_pairs(grid, window):
-    assert visited_pairs(grid, window) <= 2.5 * exact_pairs(grid, window)
+    assert visited_pairs(grid, Disc(window)) <= 2.5 * exact_pairs(grid, window)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +174,7 @@ def test_halo_visits_at_most_two_and_a_half_times_the_exact_pairs(grid, window):
     [
         ({"window": 0}, "radius in tokens"),
         ({"backend": "fast"}, "auto, naive, halo"),
+        ({"region": "cross"}, "disc, tiles, neighborhood"),
         ({"num_text_tokens": 3}, "12 tokens are not 3 text tokens and a grid of 3x4"),
         ({"grid": Grid(2, 3, frames=2)}, "2 frames"),
     ],
@@ -177,3 +183,32 @@ def test_impossible_calls_are_refused(arguments, message):
     arguments = {"grid": Grid(3, 4), "window": 2, "num_text_tokens": 0, **arguments}
     with pytest.raises(LinearizeError, match=message):
         local_attention(*tokens(12), **arguments)
+
+
+@settings(deadline=None)
+@given(grids=grids, window=st.integers(1, 24))
+def test_tiles_and_neighborhoods_hold_the_disc(grids, window):
+    layout = Layout(0, grids)
+    disc, tiles, square = (dense_sight(layout, rule(window)) for rule in (Disc, TouchedTiles, Neighborhood))
+    assert not (disc & ~tiles).any()
+    assert not (disc & ~square).any()
+
+
+@settings(deadline=None)
+@given(grid=st.builds(Grid, sizes, sizes), window=st.integers(1, 24))
+def test_tiles_are_the_smallest_union_of_tiles_that_holds_all_discs_of_a_tile(grid, window):
+    layout = Layout(0, (grid,))
+    places = coordinates(layout)
+    tile = places // torch.tensor([8, 16])
+    same = (tile[:, None] == tile[None]).all(dim=-1).double()
+    touched = (same @ dense_sight(layout, Disc(window)).double() @ same) > 0
+    assert torch.equal(dense_sight(layout, TouchedTiles(window)), touched)
+    assert visited_pairs(grid, TouchedTiles(window)) == int(touched.sum())
+
+
+@settings(deadline=None)
+@given(grid=st.builds(Grid, sizes, sizes), window=st.integers(1, 24))
+def test_a_neighborhood_is_never_cut(grid, window):
+    sees = dense_sight(Layout(0, (grid,)), Neighborhood(window))
+    side = 2 * window - 1
+    assert (sees.sum(dim=1) == min(side, grid.height) * min(side, grid.width)).all()

@@ -16,6 +16,7 @@ from linearize.layout import TILE, Grid
 from linearize.ops.disc import exact_pairs
 from linearize.ops.halo_tables import visited_pairs
 from linearize.ops.local_attention import local_attention
+from linearize.ops.regions import Disc
 
 # Largest relative error, |out - reference| / |reference| against float64, at which a speed may be reported.
 PARITY = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -28,7 +29,7 @@ DENSE_KERNELS: dict[str, dict[str, SDPBackend | None]] = {
 # (image query, image key) pairs that a backend computes.
 VISITED: dict[str, Callable[[Grid, int], int]] = {
     "naive": lambda grid, window: grid.num_tokens**2,
-    "halo": visited_pairs,
+    "halo": lambda grid, window: visited_pairs(grid, Disc(window)),
 }
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers.base import AttentionShape, Mixer, MixerContext
-from linearize.ops.disc import disc_covers, exact_pairs
-from linearize.ops.local_attention import local_attention
+from linearize.mixers._local import LocalMixer
+from linearize.mixers.base import AttentionShape, MixerContext
+from linearize.ops.disc import disc_covers
 from linearize.ops.pooling import num_cells, pool_image_tokens
 
 
-class ClearMixer(Mixer):
+class ClearMixer(LocalMixer):
     """CLEAR: "Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", Liu et al., arXiv 2412.16112.
 
     An image token attends to all text and to the image tokens with dy^2 + dx^2 < window^2, cut at the borders; text
@@ -35,60 +35,41 @@ class ClearMixer(Mixer):
         LinearizeError: The window or downsample is below 1.
     """
 
-    token_order = "tile"
+    region = "disc"
 
     def __init__(self, shape: AttentionShape, *, window: int = 8, downsample: int = 1) -> None:
-        super().__init__(shape)
-        for name, number in (("window", window), ("downsample", downsample)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise LinearizeError(f"mixer 'clear' got {name}={number!r}; choose a whole number of tokens, 1 or more")
-        self.window, self.downsample = window, downsample
+        super().__init__(shape, window=window)
+        if not isinstance(downsample, int) or isinstance(downsample, bool) or downsample < 1:
+            raise LinearizeError(
+                f"mixer 'clear' got downsample={downsample!r}; choose a whole number of tokens, 1 or more"
+            )
+        self.downsample = downsample
         if downsample > 1:
             self.spatial_weight = nn.Parameter(torch.full((downsample, downsample), downsample**-2.0))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `Mixer.forward`."""
-        return self._attend(query, key, value, context, "auto")
+        if not torch.compiler.is_compiling():
+            _warn_if_covered(context.layout, self.window)
+        return super().forward(query, key, value, context)
 
-    def reference(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
-        """See `Mixer.reference`: the same on dense weights under the disc's mask."""
-        return self._attend(query, key, value, context, "naive")
+    def more_keys(self, key: Tensor, value: Tensor, context: MixerContext) -> dict[str, Tensor | None]:
+        """See `LocalMixer.more_keys`: all image keys and values, pooled."""
+        if self.downsample == 1:
+            return {}
+        pooled_key, pooled_mask = pool_image_tokens(key, self.spatial_weight, context.layout, context.key_mask)
+        pooled_value, _ = pool_image_tokens(value, self.spatial_weight, context.layout, context.key_mask)
+        return {"pooled_key": pooled_key, "pooled_value": pooled_value, "pooled_mask": pooled_mask}
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """4 head_dim operations per pair: the disc, text with all tokens, and the quadratic pooled keys."""
-        pairs = exact_pairs(layout.grids, self.window)
-        pairs += layout.num_text_tokens * (layout.num_tokens + layout.num_image_tokens)
+        total = super().flops(layout, batch)
         if self.downsample > 1:
             pooled = sum(num_cells(grid, self.downsample) for grid in layout.grids)
             # Pooling itself is one multiply-add per channel of every key and value.
-            pairs += layout.num_image_tokens * (pooled + 1)
-        return 4 * batch * self.shape.num_heads * self.shape.head_dim * pairs
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext, backend: str) -> Tensor:
-        layout, mask = context.layout, context.key_mask
-        if not torch.compiler.is_compiling():
-            _warn_if_covered(layout, self.window)
-        query, key = context.rotate(query), context.rotate(key)
-        pooled_key = pooled_value = pooled_mask = None
-        if self.downsample > 1:
-            pooled_key, pooled_mask = pool_image_tokens(key, self.spatial_weight, layout, mask)
-            pooled_value, _ = pool_image_tokens(value, self.spatial_weight, layout, mask)
-        return local_attention(
-            query,
-            key,
-            value,
-            grid=layout.grids,
-            window=self.window,
-            num_text_tokens=layout.num_text_tokens,
-            text_first=layout.text_first,
-            tile=layout.tile,
-            scale=context.scale,
-            key_mask=mask,
-            pooled_key=pooled_key,
-            pooled_value=pooled_value,
-            pooled_mask=pooled_mask,
-            backend=backend,
-        )
+            pairs = layout.num_image_tokens * (pooled + 1)
+            total += 4 * batch * self.shape.num_heads * self.shape.head_dim * pairs
+        return total
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Local attention of linear cost with nothing but PyTorch: tiles of queries against the keys that their discs touch."""
+"""Local attention of linear cost with nothing but PyTorch: tiles of queries against the keys that they see."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from linearize.layout import Layout
 from linearize.ops.dense_attention import match_heads
 from linearize.ops.halo_tables import TileBatch, halo_tables
+from linearize.ops.regions import Region
 
 
 # A compiler would unroll the tables of every new grid; SDPA, where the time goes, gains nothing from being compiled.
@@ -23,12 +24,12 @@ def halo_attention(
     value: Tensor,
     *,
     layout: Layout,
-    window: int,
+    region: Region,
     scale: float,
     key_mask: Tensor | None = None,
     num_pooled: int = 0,
 ) -> Tensor:
-    """Disc attention, for any grid, window, number of text tokens and batch.
+    """Attention within a region, for any grid, window, number of text tokens and batch.
 
     Image queries are cut into tiles; tiles with the same surroundings share a mask and go through one batched
     attention call, on keys that are gathered from the text, the tiles' halo and the pooled keys. Nothing grows faster
@@ -39,7 +40,7 @@ def halo_attention(
         key: [batch, key-value heads, tokens + num_pooled, head_dim], rotated.
         value: Same as key.
         layout: Where the tokens are.
-        window: Radius of the disc.
+        region: Which image tokens an image token sees.
         scale: Softmax scale.
         key_mask: [batch, tokens + num_pooled], True where valid.
         num_pooled: Keys behind the tokens that all image queries, and no text query, see.
@@ -47,7 +48,7 @@ def halo_attention(
     Returns:
         [batch, heads, tokens, head_dim].
     """
-    tables = halo_tables(layout, window, num_pooled, value.dtype, query.device)
+    tables = halo_tables(layout, region, num_pooled, value.dtype, query.device)
     key, value = match_heads(key, query), match_heads(value, query)
     # Token-major: a gathered token is one run of heads x head_dim numbers, as projections write them.
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from linearize.layout import Grid, Layout, tile_spans
+from linearize.ops.regions import Region
 
 # Gathered keys of one attention call: on a CPU few enough for its cache, elsewhere enough to fill the device.
 CPU_KEYS_PER_CALL = 1 << 13
@@ -53,28 +54,32 @@ def query_tile(window: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What makes tiles alike: grid, size, and per key grid the rows and columns in reach, from the first token."""
+    """What makes tiles alike: grid, size, and per key grid the rows and columns in reach, from the first token.
+
+    One tile of them, at `corner`, stands for all.
+    """
 
     grid: int
     height: int
     width: int
-    window: int
     reach: tuple[tuple[int, int, int, int], ...]
+    corner: tuple[int, int] = field(compare=False)
 
     def queries(self) -> Tensor:
-        """(row, column) of the queries, [queries, 2]."""
+        """(row, column) of the queries from the first one, [queries, 2]."""
         return _rectangle(0, self.height, 0, self.width)
 
-    def keys(self) -> list[Tensor]:
-        """For every key grid (row, column) of the keys that some query of the tile sees, [keys, 2]."""
-        last = torch.tensor([self.height - 1, self.width - 1])
-        rectangles = [_rectangle(*reach) for reach in self.reach]
-        beyond = [keys - torch.minimum(keys.clamp(min=0), last) for keys in rectangles]
-        return [keys[away.square().sum(-1) < self.window**2] for keys, away in zip(rectangles, beyond, strict=True)]
-
-    def sees(self) -> Tensor:
-        """[queries, keys], True inside the disc."""
-        return (self.queries()[:, None] - torch.cat(self.keys())).square().sum(-1) < self.window**2
+    def sight(self, region: Region, grids: tuple[Grid, ...]) -> tuple[list[Tensor], Tensor]:
+        """The keys that some query sees, per grid [keys, 2] from the first query, and who sees whom [queries, keys]."""
+        corner, queries = torch.tensor(self.corner), self.queries()
+        keys, sees = [], []
+        for key_grid, reach in zip(grids, self.reach, strict=True):
+            places = _rectangle(*reach)
+            seen = region.sees(queries + corner, places + corner, grids[self.grid], key_grid)
+            used = seen.any(dim=0)
+            keys.append(places[used])
+            sees.append(seen[:, used])
+        return keys, torch.cat(sees, dim=1)
 
 
 def _rectangle(top: int, bottom: int, left: int, right: int) -> Tensor:
@@ -82,36 +87,53 @@ def _rectangle(top: int, bottom: int, left: int, right: int) -> Tensor:
     return torch.cartesian_prod(rows, columns)
 
 
-def _group_tiles(grids: tuple[Grid, ...], window: int) -> dict[_Surroundings, Tensor]:
+def _group_tiles(grids: tuple[Grid, ...], region: Region) -> dict[_Surroundings, Tensor]:
     """First (row, column) of the tiles, [tiles, 2], by their surroundings: one group inside, a few at the borders."""
     groups: dict[_Surroundings, list[tuple[int, int]]] = defaultdict(list)
-    height, width = query_tile(window)
+    height, width = query_tile(region.window)
     for number, grid in enumerate(grids):
         for top, bottom in tile_spans(grid.height, height):
-            rows = [(max(1 - window, -top), min(bottom + window - 1, keys.height) - top) for keys in grids]
+            rows = [_reach(region, top, bottom, 0, keys.height) for keys in grids]
             for left, right in tile_spans(grid.width, width):
-                columns = [(max(1 - window, -left), min(right + window - 1, keys.width) - left) for keys in grids]
+                columns = [_reach(region, left, right, 1, keys.width) for keys in grids]
                 reach = tuple((*row, *column) for row, column in zip(rows, columns, strict=True))
-                groups[_Surroundings(number, bottom - top, right - left, window, reach)].append((top, left))
+                group = _Surroundings(number, bottom - top, right - left, reach, corner=(top, left))
+                groups[group].append((top, left))
     return {group: torch.tensor(corners) for group, corners in groups.items()}
 
 
+def _reach(region: Region, start: int, stop: int, axis: int, num_keys: int) -> tuple[int, int]:
+    first, end = region.reach(start, stop - 1, axis, num_keys)
+    return first - start, end - start
+
+
 @lru_cache(maxsize=64)
-def visited_pairs(grid: Grid | tuple[Grid, ...], window: int) -> int:
-    """Number of (image query, image key) pairs that the halo path computes; `exact_pairs` are those it needs."""
-    groups = _group_tiles((grid,) if isinstance(grid, Grid) else grid, window)
-    return sum(len(corners) * group.sees().numel() for group, corners in groups.items())
+def visited_pairs(grid: Grid | tuple[Grid, ...], region: Region) -> int:
+    """Number of (image query, image key) pairs that the halo path computes; `seen_pairs` are those it needs."""
+    grids = (grid,) if isinstance(grid, Grid) else grid
+    groups = _group_tiles(grids, region)
+    return sum(len(corners) * group.sight(region, grids)[1].numel() for group, corners in groups.items())
+
+
+@lru_cache(maxsize=64)
+def seen_pairs(grid: Grid | tuple[Grid, ...], region: Region) -> int:
+    """Number of (image query, image key) pairs that see each other."""
+    grids = (grid,) if isinstance(grid, Grid) else grid
+    groups = _group_tiles(grids, region)
+    return sum(len(corners) * int(group.sight(region, grids)[1].sum()) for group, corners in groups.items())
 
 
 @lru_cache(maxsize=32)
-def halo_tables(layout: Layout, window: int, num_pooled: int, dtype: torch.dtype, device: torch.device) -> HaloTables:
+def halo_tables(
+    layout: Layout, region: Region, num_pooled: int, dtype: torch.dtype, device: torch.device
+) -> HaloTables:
     """The tables of a layout, built once.
 
     They are made outside inference mode: what sampling needed first is used for training later.
 
     Args:
         layout: Text tokens, grids and order.
-        window: Radius of the disc in tokens.
+        region: Who sees whom.
         num_pooled: Keys that stand behind all tokens and that every image query sees.
         dtype: Of query, key and value.
         device: Where they are.
@@ -120,8 +142,8 @@ def halo_tables(layout: Layout, window: int, num_pooled: int, dtype: torch.dtype
     with torch.inference_mode(False):
         batches = [
             batch
-            for group, corners in _group_tiles(layout.grids, window).items()
-            for batch in _batches_of(layout, group, corners, num_pooled, dtype, limit)
+            for group, corners in _group_tiles(layout.grids, region).items()
+            for batch in _batches_of(layout, region, group, corners, num_pooled, dtype, limit)
         ]
         text = torch.arange(layout.num_tokens)[layout.text_slice]
         output_index = torch.argsort(torch.cat([text, *(batch.query_index for batch in batches)]))
@@ -132,20 +154,26 @@ def halo_tables(layout: Layout, window: int, num_pooled: int, dtype: torch.dtype
 
 
 def _batches_of(
-    layout: Layout, group: _Surroundings, corners: Tensor, num_pooled: int, dtype: torch.dtype, limit: int
+    layout: Layout,
+    region: Region,
+    group: _Surroundings,
+    corners: Tensor,
+    num_pooled: int,
+    dtype: torch.dtype,
+    limit: int,
 ) -> list[TileBatch]:
     """The batches of one group, each of at most `limit` gathered keys."""
     text = torch.arange(layout.num_tokens)[layout.text_slice]
     always = torch.cat([text, layout.num_tokens + torch.arange(num_pooled)])
-    sees = group.sees()
+    near, sees = group.sight(region, layout.grids)
     mask = torch.zeros(len(sees), len(always) + sees.shape[1], dtype=dtype)
     mask[:, len(always) :].masked_fill_(~sees, float("-inf"))
     queries = _places(layout, corners, group.queries(), group.grid)
-    halo = [_places(layout, corners, keys, number) for number, keys in enumerate(group.keys())]
+    halo = [_places(layout, corners, keys, number) for number, keys in enumerate(near)]
     keys = torch.cat([always.expand(len(corners), -1), *halo], dim=1)
     size = max(1, limit // keys.shape[1])
     parts = zip(queries.split(size), keys.split(size), strict=True)
-    return [TileBatch(len(tiles), tiles.flatten(), near.flatten(), mask) for tiles, near in parts]
+    return [TileBatch(len(tiles), tiles.flatten(), gathered.flatten(), mask) for tiles, gathered in parts]
 
 
 def _places(layout: Layout, corners: Tensor, relative: Tensor, number: int) -> Tensor:

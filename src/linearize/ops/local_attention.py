@@ -1,4 +1,4 @@
-"""CLEAR's local attention behind one function; how it is computed is a table, where GPU kernels are added."""
+"""Local attention behind one function; how it is computed is a table, where GPU kernels are added."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from linearize.layout import Grid, Layout
 from linearize.ops.dense_attention import dense_attention
 from linearize.ops.disc import coordinates, disc_covers
 from linearize.ops.halo import halo_attention
+from linearize.ops.regions import REGIONS, Region
 
 
 def local_attention(
@@ -30,12 +31,13 @@ def local_attention(
     pooled_key: Tensor | None = None,
     pooled_value: Tensor | None = None,
     pooled_mask: Tensor | None = None,
+    region: str = "disc",
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention in which an image token sees the disc dy^2 + dx^2 < window^2 (CLEAR, arXiv 2412.16112).
+    """Softmax attention in which an image token sees a region of image tokens: CLEAR's disc, or another of `REGIONS`.
 
-    Text tokens see all tokens and are seen by all. The disc is cut at the borders. Several grids lie on top of one
-    another: an image token sees the disc around its own row and column in each. A query none of whose keys is valid
+    Text tokens see all tokens and are seen by all. Several grids lie on top of one
+    another: an image token sees the region around its own row and column in each. A query none of whose keys is valid
     gets zeros.
 
     Args:
@@ -43,7 +45,7 @@ def local_attention(
         key: [batch, key-value heads, tokens, head_dim], rotated.
         value: Same as key.
         grid: The image, or several, in tokens.
-        window: Radius of the disc in tokens.
+        window: Radius of the region in tokens.
         num_text_tokens: Text tokens among the tokens; may be 0.
         text_first: Whether they stand before the image tokens.
         tile: The order of image tokens, see `Layout`.
@@ -53,16 +55,18 @@ def local_attention(
             query does.
         pooled_value: Their values.
         pooled_mask: [batch, pooled], True where valid.
+        region: "disc": dy^2 + dx^2 < window^2, cut at the borders (CLEAR, arXiv 2412.16112); "tiles": all 8 x 16 tiles
+            that the discs of the query's tile touch; "neighborhood": a square of 2 window - 1, shifted at the borders.
         backend: "naive" on dense weights, "halo" of linear cost, or "auto".
 
     Returns:
         [batch, heads, tokens, head_dim].
 
     Raises:
-        LinearizeError: The window or the backend does not exist, or tokens and grid disagree.
+        LinearizeError: The window, the region or the backend does not exist, or tokens and grid disagree.
     """
     layout = Layout(num_text_tokens, (grid,) if isinstance(grid, Grid) else tuple(grid), text_first, tile)
-    _check(query, layout, window, backend)
+    _check(query, layout, window, region, backend)
     num_pooled = 0
     if pooled_key is not None and pooled_value is not None:
         num_pooled = pooled_key.shape[2]
@@ -73,13 +77,22 @@ def local_attention(
     compute = _dense if backend == "auto" and covered else BACKENDS["halo" if backend == "auto" else backend]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return compute(
-        query, key, value, layout=layout, window=window, scale=scale, key_mask=key_mask, num_pooled=num_pooled
+        query,
+        key,
+        value,
+        layout=layout,
+        region=REGIONS[region](window),
+        scale=scale,
+        key_mask=key_mask,
+        num_pooled=num_pooled,
     )
 
 
-def _check(query: Tensor, layout: Layout, window: int, backend: str) -> None:
+def _check(query: Tensor, layout: Layout, window: int, region: str, backend: str) -> None:
     if window < 1:
         raise LinearizeError(f"window={window} sees nothing; it is a radius in tokens, choose 1 or more")
+    if region not in REGIONS:
+        raise LinearizeError(f"unknown region {region!r}, choose one of {', '.join(REGIONS)}")
     if backend != "auto" and backend not in BACKENDS:
         raise LinearizeError(f"unknown backend {backend!r}, choose one of auto, {', '.join(BACKENDS)}")
     if query.shape[2] != layout.num_tokens:
@@ -89,7 +102,7 @@ def _check(query: Tensor, layout: Layout, window: int, backend: str) -> None:
         )
     if any(grid.frames > 1 for grid in layout.grids):
         raise LinearizeError(
-            f"the disc is defined on pictures, got {layout.grids[0].frames} frames; use a mixer for video"
+            f"windows are defined on pictures, got {layout.grids[0].frames} frames; use a mixer for video"
         )
 
 
@@ -99,7 +112,7 @@ def naive(
     value: Tensor,
     *,
     layout: Layout,
-    window: int,
+    region: Region,
     scale: float,
     key_mask: Tensor | None = None,
     num_pooled: int = 0,
@@ -107,13 +120,23 @@ def naive(
     """The definition, on dense weights; arguments as `halo_attention`."""
     is_text = torch.zeros(layout.num_tokens, dtype=torch.bool)
     is_text[layout.text_slice] = True
-    places = torch.zeros(layout.num_tokens, 2, dtype=torch.long)
-    places[layout.image_slice] = coordinates(layout)
-    inside = (places[:, None] - places[None]).square().sum(dim=-1) < window**2
+    inside = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    inside[layout.image_slice, layout.image_slice] = dense_sight(layout, region)
     sees = is_text[:, None] | is_text[None, :] | inside
     sees_pooled = (~is_text)[:, None].expand(-1, num_pooled)
     mask = torch.cat([sees, sees_pooled], dim=1).to(query.device)
     return dense_attention(query, key, value, scale=scale, mask=mask, key_mask=key_mask)
+
+
+def dense_sight(layout: Layout, region: Region) -> Tensor:
+    """Which image tokens see which, [image tokens, image tokens] bool in the layout's order."""
+    parts = [coordinates(Layout(0, (grid,))) for grid in layout.grids]
+    rows = [
+        torch.cat([region.sees(query, key, grid, other) for key, other in zip(parts, layout.grids, strict=True)], dim=1)
+        for query, grid in zip(parts, layout.grids, strict=True)
+    ]
+    order = layout.raster_to_tile()
+    return torch.cat(rows)[order][:, order]
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, *, scale: float, **_: object) -> Tensor:
