@@ -1,0 +1,98 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from linearize.errors import LinearizeError
+from linearize.ops.gated_scan import (
+    BACKENDS,
+    CHUNK,
+    bidirectional_gated_attention,
+    dense_decay,
+    gated_attention_flops,
+)
+
+WIDTH = 4
+
+
+def inputs(num_tokens, gate_width=WIDTH, strength=1.0, seed=0):
+    torch.manual_seed(seed)
+    query, key = torch.rand(2, 1, 2, num_tokens, WIDTH, dtype=torch.float64)
+    value = torch.randn(1, 2, num_tokens, 3, dtype=torch.float64)
+    gates = [strength * F.logsigmoid(torch.randn(1, 2, num_tokens, gate_width, dtype=torch.float64)) for _ in range(2)]
+    return query, key, value, *gates
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    num_tokens=st.integers(1, 2 * CHUNK + 9),
+    gate_width=st.sampled_from([1, WIDTH]),
+    strength=st.sampled_from([0.0, 0.01, 1.0, 60.0]),
+    symmetric=st.booleans(),
+)
+def test_recurrent_is_chunked_is_dense(num_tokens, gate_width, strength, symmetric):
+    tensors = inputs(num_tokens, gate_width, strength)
+    leaves = [tensor.requires_grad_() for tensor in tensors[: 4 if symmetric else 5]]
+    results = {}
+    for backend in BACKENDS:
+        output = bidirectional_gated_attention(*leaves, backend=backend)
+        results[backend] = (output, *torch.autograd.grad(output.sin().sum(), leaves))
+    for backend in ("chunked", "recurrent"):
+        for ours, theirs in zip(results[backend], results["dense"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_the_mask_is_the_product_of_the_gates_on_the_way():
+    *_, forward_gate, backward_gate = inputs(9)
+    decay = dense_decay(forward_gate, backward_gate)
+    ahead, behind = forward_gate.exp(), backward_gate.exp()
+    for i in range(9):
+        for j in range(9):
+            gates = ahead[:, :, j + 1 : i + 1] if j <= i else behind[:, :, i:j]
+            torch.testing.assert_close(decay[:, :, i, j], gates.prod(dim=2))
+
+
+def test_open_gates_are_linear_attention_and_closed_ones_leave_the_token_itself():
+    query, key, value, *_ = inputs(100)
+    zeros = torch.zeros_like(query)
+    torch.testing.assert_close(
+        bidirectional_gated_attention(query, key, value, zeros), query @ (key.transpose(-1, -2) @ value)
+    )
+    closed = bidirectional_gated_attention(query, key, value, zeros - 1e3)
+    torch.testing.assert_close(closed, (query * key).sum(-1, keepdim=True) * value)
+
+
+def test_with_the_shifted_gate_the_mask_is_symmetric_and_reversing_tokens_commutes():
+    query, key, value, gate, _ = inputs(90)
+    backward = F.pad(gate, (0, 0, 0, 1))[:, :, 1:]
+    decay = dense_decay(gate, backward)
+    torch.testing.assert_close(decay, decay.transpose(2, 3))
+    expected = bidirectional_gated_attention(query, key, value, gate).flip(2)
+    # From the other end a gate stands between the same two tokens one place further.
+    turned = F.pad(gate, (0, 0, 0, 1))[:, :, 1:].flip(2)
+    ours = bidirectional_gated_attention(query.flip(2), key.flip(2), value.flip(2), turned)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1.0, 300.0, 1e30])
+def test_float32_neither_overflows_nor_drifts(strength):
+    tensors = inputs(300, strength=strength)
+    narrow = [tensor.float().requires_grad_() for tensor in tensors]
+    output = bidirectional_gated_attention(*narrow)
+    torch.testing.assert_close(output.double(), bidirectional_gated_attention(*tensors), rtol=1e-4, atol=1e-4)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.square().sum(), narrow))
+
+
+def test_bf16_is_computed_in_float32():
+    assert bidirectional_gated_attention(*(tensor.bfloat16() for tensor in inputs(5))).dtype == torch.float32
+
+
+def test_operations_are_linear_in_tokens():
+    assert gated_attention_flops(8192, 64, 65) == 2 * gated_attention_flops(4096, 64, 65)
+    assert gated_attention_flops(1 << 14, 128, 129) < 4 * (1 << 14) * 128 * 128 * 3
+
+
+def test_an_unknown_backend_names_the_choices():
+    with pytest.raises(LinearizeError, match="unknown backend 'fla', choose one of auto, chunked, recurrent, dense"):
+        bidirectional_gated_attention(*inputs(3), backend="fla")
