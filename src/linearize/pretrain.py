@@ -1,6 +1,7 @@
 """Makes the scenes teacher and its judge from nothing, stage by stage, through Lightning."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     for name in names:
         if name not in run:
             raise LinearizeError(f"stages names {name!r}, which is no stage: choose from {', '.join(run)}.")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _quieten()
     lightning.seed_everything(cfg.seed, verbose=False)
     if torch.cuda.is_available():
         # cuDNN's attention gives NaN in training at small head dimensions (torch 2.11).
@@ -66,6 +67,13 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         report[name] = _finished(cfg, name) or run[name](cfg)
         _log.info("%s: %s", name, report[name])
     return report
+
+
+def _quieten() -> None:
+    """Silences Lightning's advertisements, and warnings of what is meant: few workers, a frozen autoencoder."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*in eval mode at the start of training.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _autoencoder(cfg: DictConfig) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def _fit(stage: Stage, cfg: DictConfig, name: str) -> lightning.Trainer:
         # Never reached: a stage ends itself, and where it is resumed at its end its last hooks still have to run.
         max_steps=(stage.max_steps or _MANY_STEPS) + 1,
         max_epochs=-1,
-        logger=CSVLogger(cfg.output_folder, name=name, version=""),
+        logger=CSVLogger(cfg.output_folder, name=name),  # version_<n>: one metrics.csv for every start
         callbacks=[checkpointing, *([RichProgressBar()] if cfg.progress_bar else [])],
         enable_checkpointing=False,
         enable_progress_bar=cfg.progress_bar,
