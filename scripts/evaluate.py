@@ -1,21 +1,16 @@
 """Measures an exported student against its teacher: python scripts/evaluate.py student=<run dir>/student."""
 
-from pathlib import Path
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig
-
-from linearize.config import register_resolvers, user_errors
-from linearize.evaluate import evaluate
-
-register_resolvers(Path(__file__).resolve().parents[1])
+from linearize.entry import entry_point
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    """Runs with configs/evaluate.yaml and the command line's overrides."""
-    with user_errors():
-        evaluate(cfg)
+@entry_point(__file__, "evaluate")
+def main(cfg: Any) -> None:
+    """Measures with configs/evaluate.yaml and the command line's overrides."""
+    from linearize.evaluate import evaluate
+
+    evaluate(cfg)
 
 
 if __name__ == "__main__":

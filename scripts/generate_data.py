@@ -1,21 +1,16 @@
 """Lets a teacher generate samples: python scripts/generate_data.py out=data/generated/mine num_samples=1000."""
 
-from pathlib import Path
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig
-
-from linearize.config import register_resolvers, user_errors
-from linearize.generate import generate
-
-register_resolvers(Path(__file__).resolve().parents[1])
+from linearize.entry import entry_point
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="generate")
-def main(config: DictConfig) -> None:
-    """Generates, or says in one sentence why it cannot."""
-    with user_errors():
-        generate(config)
+@entry_point(__file__, "generate")
+def main(cfg: Any) -> None:
+    """Generates with configs/generate.yaml and the command line's overrides."""
+    from linearize.generate import generate
+
+    generate(cfg)
 
 
 if __name__ == "__main__":

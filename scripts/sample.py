@@ -1,21 +1,16 @@
 """Pictures of a student or a teacher: python scripts/sample.py student=<run dir>/student prompt="a text"."""
 
-from pathlib import Path
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig
-
-from linearize.config import register_resolvers, user_errors
-from linearize.sample import sample
-
-register_resolvers(Path(__file__).resolve().parents[1])
+from linearize.entry import entry_point
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="sample")
-def main(cfg: DictConfig) -> None:
-    """Runs with configs/sample.yaml and the command line's overrides."""
-    with user_errors():
-        sample(cfg)
+@entry_point(__file__, "sample")
+def main(cfg: Any) -> None:
+    """Draws with configs/sample.yaml and the command line's overrides."""
+    from linearize.sample import sample
+
+    sample(cfg)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,9 @@ def test_a_mistake_in_a_sweep_stays_an_exception(tmp_path: Path) -> None:
         (["resume=missing"], "resume=missing is no checkpoint"),
         (["resume=last"], "resume=last finds no checkpoint"),
         (["export=zip"], "export=zip is unknown"),
+        (["seed=-1"], "seed=-1 is no seed: give a whole number from 0 to"),
+        (["ema_decay=1"], "ema_decay=1 is no decay"),
+        (["compile_backend=nonsense"], "compile_backend=nonsense is unknown: use .*inductor"),
         (["stages.transfer=99"], "99 steps and trainer.max_steps is 40"),
         (["plan=[{layers: '*', mixer: cleer}]"], "cleer"),
         (["loss.attention_output.layers=[nothing.*]"], "nothing"),
@@ -163,3 +166,17 @@ def test_mistakes_are_told_before_samples_are_generated(
     with pytest.raises(LinearizeError, match=words):
         train(cfg)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("trainer.max_steps=many", "trainer.max_steps=many is no number: its default is 40."),
+        ("hydra.run.dir=file/run", "file/run could not be written (Not a directory)"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_told(tmp_path: Path, argument: str, sentence: str) -> None:
+    (tmp_path / "file").touch()
+    failed = run("hydra.run.dir=run", argument, cwd=tmp_path)
+    assert failed.returncode == 2
+    assert sentence in failed.stderr and failed.stderr.count("\n") == 1

@@ -4,6 +4,7 @@ The project root, the way a user's mistake is told, and the step from a config t
 """
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -11,20 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from linearize.data.ensure import ensure_samples
 from linearize.data.prompts import PromptSource, prompt_source
 from linearize.data.settings import GenerationSettings
+from linearize.entry import INTERRUPTED, MISTAKE
 from linearize.errors import LinearizeError
+from linearize.extras import describe_missing
+from linearize.files import first_sentence, refused_write
 from linearize.teachers import Teacher, load_teacher
 
 if TYPE_CHECKING:
     from linearize.data.datamodule import SampleDataModule
 
 ROOT_VARIABLE = "LINEARIZE_ROOT"
-INTERRUPTED = 130
+_REFUSED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 def register_resolvers(root: str | Path | None = None) -> None:
@@ -47,14 +52,34 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
-    except LinearizeError as error:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    except (LinearizeError, InstantiationException, ModuleNotFoundError, OSError) as error:
+        sentence = describe_failure(error)
+        if sentence is None or (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
             raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.stderr.write(f"error: {sentence}\n")
+        sys.exit(MISTAKE)
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"{stop if str(stop) else 'Stopped.'}\n")
         sys.exit(INTERRUPTED)
+
+
+def describe_failure(error: Exception) -> str | None:
+    """One sentence about a failure that the user can mend; None about any other."""
+    if isinstance(error, LinearizeError):
+        return str(error)
+    if isinstance(error, InstantiationException):
+        cause = error.__cause__ or error
+        known = None if isinstance(cause, InstantiationException) else describe_failure(cast(Exception, cause))
+        place = str(error).rpartition("full_key: ")[2].strip()
+        return (
+            known
+            or f"{place} cannot be built from its settings ({first_sentence(cast(Exception, cause))}): correct them."
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return describe_missing(error, "This run")
+    if isinstance(error, OSError) and error.errno in _REFUSED_WRITES:
+        return str(refused_write(error.filename or "A file of this run", error))
+    return None
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

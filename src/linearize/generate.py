@@ -1,6 +1,5 @@
 """Generates a store of samples: what scripts/generate_data.py calls."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from linearize.data.generation import generate_samples
 from linearize.data.settings import GenerationSettings, require_positive
 from linearize.data.shards import shard_ranges
 from linearize.errors import LinearizeError
-
-INTERRUPTED = 130
 
 
 def _out_folder(config: DictConfig) -> Path:
@@ -47,6 +44,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
 
     Raises:
         LinearizeError: a setting, the teacher, the prompts or the folder is wrong; the message says what to do.
+        KeyboardInterrupt: the user stopped it; the message says how far it came.
     """
     folder = _out_folder(config)
     require_positive("num_samples", config.num_samples)
@@ -65,12 +63,11 @@ def generate(config: DictConfig) -> dict[str, Any]:
             world_size=world_size,
             progress=config.progress and rank == 0,
         )
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            f"stopped: {folder} holds {_num_present(folder)} of {config.num_samples} samples; the same command goes "
-            "on from there.\n"
-        )
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"Stopped: {folder} holds {_num_present(folder)} of {config.num_samples} samples; the same command goes "
+            "on from there."
+        ) from stop
     size = sum(file.stat().st_size for file in folder.iterdir())
     summary = {
         "folder": str(folder),

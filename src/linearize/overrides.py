@@ -10,11 +10,17 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from linearize.config import describe_failure
+from linearize.entry import MISTAKE
+from linearize.errors import LinearizeError
+
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
+_TIME = re.compile(r"[\d:]+")
 _MULTIRUN = {"-m", "--multirun"}
 
 
@@ -34,7 +40,43 @@ def override_errors(config_folder: str | Path, config_name: str) -> Iterator[Non
         yield
     except (HydraException, OmegaConfBaseException) as error:
         sys.stderr.write(f"error: {describe(error, Path(config_folder), config_name, sys.argv[1:])}\n")
-        sys.exit(2)
+        sys.exit(MISTAKE)
+    except OSError as error:  # of Hydra's own folders
+        sentence = describe_failure(error)
+        if sentence is None:
+            raise
+        sys.stderr.write(f"error: {sentence} hydra.run.dir=<folder> sets it.\n")
+        sys.exit(MISTAKE)
+
+
+def check_types(config: DictConfig, config_name: str) -> None:
+    """Checks that no override puts a text where the config has a number or a switch.
+
+    Args:
+        config: The composed config of the running job.
+        config_name: The top-level config that it was composed from.
+
+    Raises:
+        LinearizeError: one does.
+    """
+    running = HydraConfig.get()
+    groups = set(running.runtime.choices)
+    overrides = {override: override.split("=")[0].lstrip("+") for override in running.overrides.task}
+    texts = {}
+    for key in overrides.values():
+        value = None if key in groups else OmegaConf.select(config, key, throw_on_resolution_failure=False)
+        # Lightning takes times such as 00:12:00:00 for numbers of steps.
+        if isinstance(value, str) and not _TIME.fullmatch(value):
+            texts[key] = value
+    if not texts or not GlobalHydra.instance().is_initialized():
+        return
+    defaults = compose(config_name, overrides=[override for override, key in overrides.items() if key in groups])
+    for key, value in texts.items():
+        default = OmegaConf.select(defaults, key, throw_on_resolution_failure=False)
+        if isinstance(default, bool):
+            raise LinearizeError(f"{key}={value} is neither true nor false: its default is {str(default).lower()}.")
+        if isinstance(default, int | float):
+            raise LinearizeError(f"{key}={value} is no number: its default is {default}.")
 
 
 def describe(error: Exception, config_folder: Path, config_name: str, arguments: Sequence[str]) -> str:

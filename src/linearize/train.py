@@ -17,20 +17,17 @@ from rich.console import Console
 from linearize.config import build_data, build_teacher, plain
 from linearize.costs import Costs
 from linearize.data.datamodule import SampleDataModule
-from linearize.data.prompts import ScenePrompts
 from linearize.distillation.callbacks import Checkpointing, Progress
-from linearize.distillation.checkpoint import SafetensorsCheckpointIO
+from linearize.distillation.checkpoint import SafetensorsCheckpointIO, read_checkpoint
+from linearize.distillation.loggers import build_loggers
 from linearize.distillation.module import DistillationModule
-from linearize.distillation.resume import find_checkpoint
+from linearize.distillation.resume import check_checkpoint, find_checkpoint
 from linearize.distillation.stages import Stage, allot_steps
 from linearize.errors import LinearizeError
-from linearize.evaluation.paired import with_transformer
 from linearize.evaluation.settings import EvaluationSettings
-from linearize.evaluation.summary import summarize_run
-from linearize.export import FORMS, export_student
+from linearize.export import FORMS
 from linearize.files import write_json
-from linearize.reload import check_reload
-from linearize.scenes.judge import Judge
+from linearize.outcome import evaluate_run, export_run, finished_student, load_judge
 from linearize.surgery import share_student, surgery_report
 from linearize.teachers import Teacher
 
@@ -56,7 +53,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         KeyboardInterrupt: the user stopped the run; its message says where it can be taken up again.
     """
     _quieten()
-    lightning.seed_everything(cfg.seed, verbose=False)
+    seed_generators(cfg.seed)
     cfg = resolve_precision(cfg)
     stages, rules = build_stages(cfg), layer_rules(cfg)
     settings = EvaluationSettings(**plain(cfg.evaluation))
@@ -67,6 +64,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     with costs.part("teacher"):
         teacher = build_teacher(cfg)
         module = build_module(cfg, teacher, stages, rules)
+        if checkpoint is not None:
+            check_checkpoint(module, read_checkpoint(checkpoint, shapes_only=True))
     is_first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
     if is_first:
         Console().print(str(surgery_report(module.student)), highlight=False, soft_wrap=True)
@@ -89,6 +88,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             write_json(Path(cfg.run_dir) / "summary.json", summary)
         metrics["summary"] = summary
     return metrics
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds every generator of this process.
+
+    Raises:
+        LinearizeError: the generators do not take this seed.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise LinearizeError(f"seed={seed} is no seed: give a whole number from 0 to {2**32 - 1}.")
+    lightning.seed_everything(seed, verbose=False)
 
 
 def resolve_precision(cfg: DictConfig) -> DictConfig:
@@ -145,7 +155,16 @@ def layer_rules(cfg: DictConfig) -> list[dict[str, Any]]:
 def build_module(
     cfg: DictConfig, teacher: Teacher, stages: list[Stage], rules: list[dict[str, Any]]
 ) -> DistillationModule:
-    """The LightningModule around a teacher and a student that shares its frozen tensors."""
+    """The LightningModule around a teacher and a student that shares its frozen tensors.
+
+    Raises:
+        LinearizeError: the plan, the average or the compiler that the config names does not exist.
+    """
+    if not 0 <= cfg.ema_decay < 1:
+        raise LinearizeError(f"ema_decay={cfg.ema_decay} is no decay: give a number from 0 up to, not including, 1.")
+    if cfg.compile_backend is not None and cfg.compile_backend not in torch.compiler.list_backends():
+        choices = ", ".join(torch.compiler.list_backends())
+        raise LinearizeError(f"compile_backend={cfg.compile_backend} is unknown: use {choices}, or null for none.")
     transformer = teacher.pipeline.transformer
     student = share_student(transformer, rules)
     if (
@@ -164,7 +183,10 @@ def build_module(
         ema_decay=cfg.ema_decay,
         gradient_checkpointing=use_checkpointing(cfg, transformer),
         compile_backend=cfg.compile_backend,
-        identity={"teacher": f"{teacher.name} with weights {teacher.weight_hash[:12]}"},
+        identity={
+            "teacher": f"{teacher.name} with weights {teacher.weight_hash[:12]}",
+            "optimizer": cfg.optimizer._target_,
+        },
     )
 
 
@@ -190,7 +212,7 @@ def fit(
     trainer = instantiate(
         cfg.trainer,
         callbacks=list(callbacks.values()),
-        logger=build_loggers(cfg),
+        logger=build_loggers(cfg, checkpoint),
         plugins=[SafetensorsCheckpointIO()],
         default_root_dir=cfg.run_dir,
         enable_checkpointing=False,
@@ -220,46 +242,6 @@ def fit(
     return metrics, training
 
 
-def export_run(
-    cfg: DictConfig,
-    teacher: Teacher,
-    data: SampleDataModule,
-    student: torch.nn.Module,
-    settings: EvaluationSettings,
-    summary: dict[str, Any] | None,
-    costs: Costs,
-) -> None:
-    """Writes <run dir>/student and, where `check_export` is set, proves it by loading it again."""
-    folder = Path(cfg.run_dir) / "student"
-    with costs.part("export"):
-        export_student(with_transformer(teacher.pipeline, student), folder, form=cfg.export, summary=summary)
-    _log.info("The student is in %s.", folder)
-    if cfg.check_export and cfg.export == "local":
-        prompt = run_prompts(cfg, data, settings)[0]
-        with costs.part("reload"):
-            difference = check_reload(folder, teacher, student, settings, prompt, Path(cfg.run_dir) / "reloaded.png")
-        _log.info("Loaded again, it paints reloaded.png; its latents differ from the student's by %.2g.", difference)
-
-
-def run_prompts(cfg: DictConfig, data: SampleDataModule, settings: EvaluationSettings) -> list[str]:
-    """Held-out prompts: of the scenes grammar where the teacher paints scenes, else those of its samples."""
-    if is_of_scenes(cfg):
-        return ScenePrompts("held_out", settings.seed).prompts(0, settings.num_prompts)
-    return data.held_out_prompts(settings.num_prompts)
-
-
-def is_of_scenes(cfg: DictConfig) -> bool:
-    """Whether the teacher paints scenes of the grammar, which the judge can read."""
-    return cfg.teacher.hub_id is None and cfg.teacher.random is None and cfg.data.prompts.source == "scenes"
-
-
-def load_judge(cfg: DictConfig, teacher: Teacher) -> Judge | None:
-    """The judge of the config, where there is something for it to judge."""
-    if cfg.judge is None or not cfg.evaluate or not is_of_scenes(cfg):
-        return None
-    return Judge.load(cfg.judge, teacher.pipeline.device)
-
-
 def build_callbacks(cfg: DictConfig, teacher: Teacher) -> dict[str, lightning.Callback]:
     """The callbacks of a config by name; those that are `_partial_` are given the teacher."""
     built = {}
@@ -267,47 +249,6 @@ def build_callbacks(cfg: DictConfig, teacher: Teacher) -> dict[str, lightning.Ca
         callback = instantiate(settings)
         built[str(name)] = callback(teacher) if isinstance(callback, partial) else callback
     return built
-
-
-def build_loggers(cfg: DictConfig) -> list[Any]:
-    """The loggers of a config, told its hyper-parameters."""
-    loggers = [instantiate(settings) for settings in cfg.logger.values()]
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    return loggers
-
-
-def finished_student(module: DistillationModule, teacher: Teacher) -> torch.nn.Module:
-    """The student as it is exported: averaged weights, in the teacher's dtype, on the teacher's device."""
-    module.ema.swap()
-    for parameter in module.trained.values():
-        parameter.data = parameter.data.to(teacher.pipeline.transformer.dtype)
-        parameter.grad = None
-    device = teacher.pipeline.vae.device
-    teacher.pipeline.to(device)
-    return module.student.to(device).eval().requires_grad_(False)
-
-
-def evaluate_run(
-    cfg: DictConfig,
-    teacher: Teacher,
-    data: SampleDataModule,
-    student: torch.nn.Module,
-    settings: EvaluationSettings,
-    judge: Judge | None,
-    training: dict[str, float],
-) -> dict[str, Any]:
-    """Measures the student on held-out prompts: of the scenes grammar where it paints scenes, else its samples'."""
-    return summarize_run(
-        student,
-        teacher,
-        settings,
-        folder=cfg.run_dir,
-        judge=judge,
-        prompts=run_prompts(cfg, data, settings),
-        training=training,
-        reference_folder=cfg.reference_folder,
-    )
 
 
 def _quieten() -> None:

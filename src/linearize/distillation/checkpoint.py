@@ -1,6 +1,7 @@
 """Training checkpoints as one safetensors file: tensors as tensors, all else as JSON in its header, no pickles."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,12 @@ def unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: unflatten(value, tensors) for key, value in tree.items()}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, shapes_only: bool = False) -> dict[str, Any]:
     """Reads a checkpoint, its tensors on the CPU.
+
+    Args:
+        path: The file.
+        shapes_only: Leave the weights on the disk: tensors of their shapes on the meta device stand for them.
 
     Raises:
         LinearizeError: the file is missing, truncated, or no checkpoint of this project.
@@ -73,13 +78,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {})[_HEADER]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            read = partial(_empty, file) if shapes_only else file.get_tensor
+            tensors = {name: read(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         return unflatten(json.loads(header), tensors)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise LinearizeError(
             f"The checkpoint {path} is truncated, corrupt or no training checkpoint ({type(error).__name__}: {error}): "
             "resume from another one, or start again without resume."
         ) from error
+
+
+def _empty(file: Any, name: str) -> Tensor:
+    return torch.empty(file.get_slice(name).get_shape(), device="meta")
 
 
 class SafetensorsCheckpointIO(CheckpointIO):

@@ -15,9 +15,10 @@ from linearize.distillation.capture import SiteCapture, join_outputs
 from linearize.distillation.ema import ExponentialMovingAverage
 from linearize.distillation.losses import LossTerm, Observation
 from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_noise
-from linearize.distillation.resume import restore_rng, rng_state, student_state, take_student_state
+from linearize.distillation.resume import check_checkpoint, restore_rng, rng_state, student_state, tell_changed_schedule
 from linearize.distillation.schedules import constant
 from linearize.distillation.stages import Stage, stage_at
+from linearize.errors import LinearizeError
 from linearize.evaluation.metrics import relative_velocity_error
 from linearize.surgery import match_layers, share_student, trained_parameters
 
@@ -104,8 +105,15 @@ class DistillationModule(lightning.LightningModule):
         return stage_at(self.stages, self.trainer.global_step)[0]
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over what trains, and the schedule of the stages."""
-        optimizer = self.make_optimizer(list(self.trained.values()))
+        """One optimizer over what trains, and the schedule of the stages.
+
+        Raises:
+            LinearizeError: the optimizer refuses its settings.
+        """
+        try:
+            optimizer = self.make_optimizer(list(self.trained.values()))
+        except (TypeError, ValueError) as error:
+            raise LinearizeError(f"The optimizer refuses its settings ({error}): correct optimizer.*") from error
 
         def factor(step: int) -> float:
             stage, done = stage_at(self.stages, step)
@@ -206,9 +214,11 @@ class DistillationModule(lightning.LightningModule):
         """Checks that the checkpoint is of this student, and takes it over.
 
         Raises:
-            LinearizeError: it is of another teacher, plan or version, or is incomplete.
+            LinearizeError: it is of another teacher, plan, optimizer or version, or is incomplete.
         """
-        take_student_state(self, checkpoint)
+        check_checkpoint(self, checkpoint)
+        tell_changed_schedule(self, checkpoint)
+        self.ema.load_state_dict(checkpoint["linearize"]["ema"])
         self._rng = checkpoint["linearize"]["rng"]
 
     def on_train_start(self) -> None:

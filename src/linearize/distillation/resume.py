@@ -23,22 +23,20 @@ def student_state(module: "DistillationModule") -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "identity": module.identity,
-        "stages": {stage.name: stage.num_steps for stage in module.stages},
+        "stages": _steps(module),
         "ema": module.ema.state_dict(),
     }
 
 
-def take_student_state(module: "DistillationModule", checkpoint: dict[str, Any]) -> None:
-    """Checks a checkpoint against a module and takes over its average; Lightning takes over the rest.
+def check_checkpoint(module: "DistillationModule", checkpoint: dict[str, Any]) -> None:
+    """Checks that a checkpoint is one of this run; shapes are enough, see `read_checkpoint`.
 
     Raises:
-        LinearizeError: it is of another kind, teacher, plan, or lacks a tensor.
+        LinearizeError: it is of another kind, teacher, plan or optimizer, past the last step, or lacks a tensor.
     """
     state = checkpoint.get("linearize")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise LinearizeError(
-            "The checkpoint was not written by this version of linearize's training: start again without resume."
-        )
+        raise LinearizeError("The checkpoint was not written by training of this version: start again without resume.")
     for name, mine in module.identity.items():
         theirs = state["identity"].get(name)
         if theirs != mine:
@@ -47,8 +45,21 @@ def take_student_state(module: "DistillationModule", checkpoint: dict[str, Any])
                 "give the run the configuration that the checkpoint was trained with, or start again without resume."
             )
     _check_shapes(module, checkpoint["state_dict"], state["ema"]["average"])
-    _check_steps(module, state["stages"], checkpoint["global_step"])
-    module.ema.load_state_dict(state["ema"])
+    _check_steps(module, checkpoint["global_step"])
+
+
+def tell_changed_schedule(module: "DistillationModule", checkpoint: dict[str, Any]) -> None:
+    """Warns where a run has other stages than the one that it goes on from."""
+    mine, stages = _steps(module), checkpoint["linearize"]["stages"]
+    if mine != stages:
+        _log.warning(
+            "The checkpoint was trained for %d steps and this run has %d (stages %s, before %s): "
+            "the learning-rate schedule changes from here on.",
+            sum(stages.values()),
+            sum(mine.values()),
+            mine,
+            stages,
+        )
 
 
 def _check_shapes(module: "DistillationModule", weights: dict[str, Any], average: dict[str, Any]) -> None:
@@ -65,21 +76,15 @@ def _check_shapes(module: "DistillationModule", weights: dict[str, Any], average
         )
 
 
-def _check_steps(module: "DistillationModule", stages: dict[str, int], step: int) -> None:
-    mine = {stage.name: stage.num_steps for stage in module.stages}
-    total, before = sum(mine.values()), sum(stages.values())
+def _steps(module: "DistillationModule") -> dict[str, int]:
+    return {stage.name: stage.num_steps for stage in module.stages}
+
+
+def _check_steps(module: "DistillationModule", step: int) -> None:
+    total = sum(_steps(module).values())
     if step > total:
         raise LinearizeError(
             f"The checkpoint is at step {step}, past trainer.max_steps={total}: raise trainer.max_steps."
-        )
-    if mine != stages:
-        _log.warning(
-            "The checkpoint was trained for %d steps and this run has %d (stages %s, before %s): "
-            "the learning-rate schedule changes from here on.",
-            before,
-            total,
-            mine,
-            stages,
         )
 
 

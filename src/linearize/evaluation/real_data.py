@@ -1,7 +1,6 @@
 """FID, KID, LPIPS and CLIP score against real pictures; needs the `eval` extra and networks that it fetches."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.evaluation.metrics import GivenFeatures, gaussian_distance
+from linearize.extras import require
 
 # Pictures [batch, 3, height, width] as uint8 to features [batch, num_features].
 FeatureFunction = Callable[[Tensor], Tensor]
@@ -50,9 +50,7 @@ def require_eval_extra() -> None:
     Raises:
         LinearizeError: one is not.
     """
-    missing = [name for name in ("torchvision", "torch_fidelity") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise LinearizeError(f"real_data needs {' and '.join(missing)}: pip install 'linearize[eval]'.")
+    require("torchvision", "torch_fidelity", purpose="real_data")
 
 
 def open_real_data(data: RealData) -> Any:

@@ -1,4 +1,4 @@
-"""Writes checkpoints every so many steps, at the end, and when the user presses Ctrl-C."""
+"""Writes checkpoints every so many steps, at the end, and when the user or the cluster stops the run."""
 
 import signal
 from pathlib import Path
@@ -14,16 +14,17 @@ from linearize.distillation.checkpoint import SUFFIX
 class Checkpointing(Callback):
     """Keeps `last` and, if asked, every k-th checkpoint.
 
-    Ctrl-C lets the current optimizer step end, writes `last` and stops the training; a second Ctrl-C stops at once.
+    Ctrl-C or SIGTERM lets the current optimizer step end, writes `last` and stops the training; a second one stops at
+    once.
     All ranks stop after the same step.
 
     Args:
         folder: Where checkpoints go.
-        every_n_steps: Optimizer steps between two writes of `last`; 0 writes only at the end and on Ctrl-C.
+        every_n_steps: Optimizer steps between two writes of `last`; 0 writes only at the end and when stopped.
         keep_every_n_steps: Optimizer steps between checkpoints that are kept beside it; 0 keeps none.
 
     Attributes:
-        interrupted: Whether the user stopped the training.
+        interrupted: Whether a signal stopped the training.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int = 500, keep_every_n_steps: int = 0) -> None:
@@ -33,18 +34,19 @@ class Checkpointing(Callback):
         self.interrupted = False
         self._asked_to_stop = False
         self._seen_step = 0
-        self._previous_handler: Any = None
+        self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Takes over Ctrl-C."""
+        """Takes over Ctrl-C and SIGTERM."""
         self._seen_step = trainer.global_step
-        self._previous_handler = signal.signal(signal.SIGINT, self._ask_to_stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous_handlers[number] = signal.signal(number, self._ask_to_stop)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Gives Ctrl-C back."""
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+        """Gives them back."""
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers.clear()
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self._asked_to_stop:
