@@ -25,6 +25,13 @@ def flux_positions(layout: Layout) -> Tensor:
     return torch.cat([text, image] if layout.text_first else [image, text])
 
 
+def hidden_states(layout: Layout, batch: int = 2) -> Tensor:
+    """The input of the layer, [batch, tokens, hidden_size]: the same for every token in all orders."""
+    raster = layout.with_tile(None)
+    states = torch.randn(batch, layout.num_tokens, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
+    return states.double()[:, raster.index_to(layout.tile)]
+
+
 def flux_context(layout: Layout, key_mask: Tensor | None = None) -> MixerContext:
     """The context of one layer of head width 16."""
     positions = flux_positions(layout)
@@ -38,6 +45,7 @@ def flux_context(layout: Layout, key_mask: Tensor | None = None) -> MixerContext
         positions=positions,
         softmax=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
         key_mask=key_mask,
+        hidden_states=hidden_states(layout),
     )
 
 

@@ -15,6 +15,11 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mixer").glob("*.yaml"
 # Knobs that make every part of a mixer work on the small grids below, beside its defaults.
 VARIANTS = {
     "clear": [{"window": 3}, {"window": 5, "downsample": 2}, {"window": 2, "downsample": 3}],
+    "gla": [
+        {"gate": "head", "directions": "rows", "feature_map": "elu", "rope": "after_map", "rank": 0},
+        {"feature_map": "exponential", "text": "state"},
+        {"variant": "paper", "rank": 3},
+    ],
     "linear": [
         {"feature_map": "relu", "rope": "none", "num_heads": 1, "convolution": 5},
         {"feature_map": "hedgehog", "rope": "after_map", "mlp": 4},
@@ -28,6 +33,11 @@ VARIANTS = {
     ],
     "nprf": [{"num_features": 3, "bias_width": 4, "text": "state"}],
     "performer": [{"num_features": 24, "text": "state"}, {"num_features": 40, "variant": "paper"}],
+    "sla": [
+        {"key_ratio": 0.3, "block_size": 3, "feature_map": "exponential"},
+        {"key_ratio": 0.5, "block_size": 2, "variant": "paper"},
+        {"key_ratio": 0.2, "block_size": 4, "text": "state"},
+    ],
 }
 LAYOUTS = [
     Layout(0, (Grid(9, 13),)),

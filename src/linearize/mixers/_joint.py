@@ -90,6 +90,17 @@ class Tokens:
         return widen(query), widen(match_heads(key, query))
 
     @property
+    def hidden_states(self) -> Tensor:
+        """The layer's input, [batch, tokens, hidden_size], in the type of the query.
+
+        Raises:
+            LinearizeError: The backbone does not pass it on.
+        """
+        if self.context.hidden_states is None:
+            raise LinearizeError("this mixer needs the layer's hidden states; use it in a linearized transformer")
+        return self.context.hidden_states.to(self.query.dtype)
+
+    @property
     def image(self) -> slice:
         """Where image tokens are."""
         return self.context.layout.image_slice
@@ -143,7 +154,12 @@ class JointMixer(Mixer):
 
     A subclass gives features of all tokens (`features`) and may say how image tokens mix (`mix_images`,
     `dense_images`).
+
+    Attributes:
+        has_normaliser: Whether weights are divided by their sum; only text="state" can do without.
     """
+
+    has_normaliser: bool = True
 
     def __init__(
         self, shape: AttentionShape, name: str, *, text: str, log_mean_product: float, has_window: bool = False
@@ -199,15 +215,27 @@ class JointMixer(Mixer):
         """What a subclass adds to the image tokens' output, [batch, heads, image tokens, head_dim]."""
         return output
 
+    def finish(self, output: Tensor, tokens: Tokens) -> Tensor:
+        """What a subclass does to the output of all tokens."""
+        return output
+
     @without_autocast
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `Mixer.forward`."""
-        return self.mix(Tokens.of(query, key, value, context)).to(value.dtype)
+        tokens = Tokens.of(query, key, value, context)
+        return self.finish(self.mix(tokens), tokens).to(value.dtype)
 
     @without_autocast
     def reference(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `Mixer.reference`."""
-        return self.dense_mix(Tokens.of(query, key, value, context)).to(value.dtype)
+        tokens = Tokens.of(query, key, value, context)
+        return self.finish(self.dense_mix(tokens), tokens).to(value.dtype)
+
+    def normalise(self, exact: SoftmaxPart | None, part: LinearPart) -> Tensor:
+        """Joins both parts; or where a formula has no normaliser, the sum as it is."""
+        if self.has_normaliser:
+            return join(exact, part)
+        return part.numerator * part.log_scale.exp()
 
     def mix(self, tokens: Tokens) -> Tensor:
         """The output of all tokens."""
@@ -218,10 +246,10 @@ class JointMixer(Mixer):
             part = part._replace(numerator=part.numerator + from_text.numerator, mass=part.mass + from_text.mass)
         if self.has_exact_keys:
             part = part.scaled(self.log_scale)
-        output = self.add_to_images(join(self.exact_part(tokens), part), tokens)
+        output = self.add_to_images(self.normalise(self.exact_part(tokens), part), tokens)
         if self.text == "state":
-            text_output = join(None, self.attend(pair.at(text, slice(None)), tokens.value, context.key_mask))
-            return in_order(text_output, output, context.layout)
+            part = self.attend(pair.at(text, slice(None)), tokens.value, context.key_mask)
+            return in_order(self.normalise(None, part), output, context.layout)
         return with_text_queries(
             output, *tokens.given_rotated, layout=context.layout, scale=context.scale, key_mask=context.key_mask
         )
@@ -248,6 +276,8 @@ class JointMixer(Mixer):
         if tokens.context.key_mask is not None:
             valid = tokens.context.key_mask[:, None, None]
             seen, linear = seen & valid, [weights.masked_fill(~valid, 0.0) for weights in linear]
+        if not self.has_normaliser:
+            return linear[0] @ tokens.value
         scores = query @ key.transpose(-1, -2) * tokens.context.scale
         return dense_join(scores, seen, (linear[0], linear[1]), tokens.value)
 
