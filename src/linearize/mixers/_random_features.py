@@ -56,7 +56,7 @@ class RandomFeatureMixer(KernelMixer):
 
     def redraw(self, seed: int) -> None:
         """Draws the random features anew, the same ones for a seed everywhere; call it between optimizer steps."""
-        drawn = draw_projection(*self.projection.shape, torch.Generator().manual_seed(seed))
+        drawn = draw_projection(self.num_features, self.shape.head_dim, torch.Generator().manual_seed(seed))
         with torch.no_grad():
             self.projection.copy_(drawn)
 

@@ -27,41 +27,42 @@ def mix_block_states(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, ind
         query: Features [batch, heads, tokens, features].
         key: Same.
         value: [batch, heads, tokens, channels].
-        mix: [heads, blocks, blocks] or [1, blocks, blocks].
+        mix: Broadcasts to [batch, heads, blocks, blocks].
         index: The block of every token, [tokens].
 
     Returns:
         [batch, heads, tokens, channels].
     """
     num_blocks = mix.shape[-1]
-    order, place, slots = _slots(index, num_blocks)
-    keys, values = _blocks(key, order, place, num_blocks, slots), _blocks(value, order, place, num_blocks, slots)
+    place, slots = block_slots(index, num_blocks)
+    keys, values = to_blocks(key, place, num_blocks, slots), to_blocks(value, place, num_blocks, slots)
     states = torch.matmul(keys.transpose(-1, -2), values)
-    mixed = torch.einsum("hij,bhjfc->bhifc", mix.expand(key.shape[1], -1, -1), states)
-    output = torch.matmul(_blocks(query, order, place, num_blocks, slots), mixed).flatten(2, 3)
-    back = torch.empty_like(order)
-    back[order] = place
-    return output[:, :, back]
+    mixed = torch.matmul(mix, states.flatten(3)).unflatten(3, states.shape[3:])
+    return torch.matmul(to_blocks(query, place, num_blocks, slots), mixed).flatten(2, 3)[:, :, place]
 
 
 def mix_block_states_naive(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, index: Tensor) -> Tensor:
     """The same on dense weights."""
-    weights = torch.matmul(query, key.transpose(-1, -2)) * mix[:, index][:, :, index]
+    weights = torch.matmul(query, key.transpose(-1, -2)) * mix[..., index, :][..., index]
     return torch.matmul(weights, value)
 
 
-def _slots(index: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, int]:
-    """Tokens sorted by block, the slot of each in [blocks x slots], and the slots that a block has."""
+def block_slots(index: Tensor, num_blocks: int) -> tuple[Tensor, int]:
+    """The slot of every token in [blocks x slots], [tokens], and the slots that a block has.
+
+    Args:
+        index: The block of every token, [tokens].
+        num_blocks: Blocks, some of which may be empty.
+    """
     order = torch.argsort(index, stable=True)
     counts = torch.bincount(index, minlength=num_blocks)
-    first = torch.cumsum(counts, dim=0) - counts
-    slots = int(counts.max())
-    block = index[order]
-    place = block * slots + torch.arange(len(index), device=index.device) - first[block]
-    return order, place, slots
+    slots, first = int(counts.max()), torch.cumsum(counts, dim=0) - counts
+    place = torch.empty_like(order)
+    place[order] = index[order] * slots + torch.arange(len(index), device=index.device) - first[index[order]]
+    return place, slots
 
 
-def _blocks(states: Tensor, order: Tensor, place: Tensor, num_blocks: int, slots: int) -> Tensor:
+def to_blocks(states: Tensor, place: Tensor, num_blocks: int, slots: int) -> Tensor:
     """[batch, heads, tokens, channels] to [batch, heads, blocks, slots, channels], zeros where a slot is empty."""
     padded = states.new_zeros(*states.shape[:2], num_blocks * slots, states.shape[-1])
-    return padded.index_copy(2, place, states[:, :, order]).unflatten(2, (num_blocks, slots))
+    return padded.index_copy(2, place, states).unflatten(2, (num_blocks, slots))

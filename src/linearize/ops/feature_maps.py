@@ -142,6 +142,18 @@ class ReluMap(FeatureMap):
         return floored_relu(states)
 
 
+class SoftmaxMap(FeatureMap):
+    """Softmax over channels (SLA, arXiv 2509.24006)."""
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_features, self.log_mean_product = head_dim, -math.log(head_dim)
+
+    def map(self, states: Tensor) -> Tensor:
+        """See `FeatureMap.map`."""
+        return states.softmax(dim=-1)
+
+
 class FocusedMap(FeatureMap):
     """Focused linear attention with a learned width of each channel; lengths in each head, as in the paper.
 
@@ -217,6 +229,7 @@ class ExponentialMap(FeatureMap):
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "elu": EluMap,
     "relu": ReluMap,
+    "softmax": SoftmaxMap,
     "focused": FocusedMap,
     "hedgehog": HedgehogMap,
     "polar": PolarMap,

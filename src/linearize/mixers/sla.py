@@ -1,0 +1,196 @@
+"""SLA: softmax on the blocks of keys that score highest, linear attention on the rest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import LinearizeError
+from linearize.layout import Layout
+from linearize.mixers._joint import FeaturePair, JointMixer, Tokens, check_choice, check_number
+from linearize.mixers._kernel import text_flops
+from linearize.mixers.base import AttentionShape, MixerContext
+from linearize.ops.block_sparse import block_sparse_softmax, chosen, merge, select_blocks, square_blocks
+from linearize.ops.block_states import mix_block_states
+from linearize.ops.feature_maps import build_feature_map
+from linearize.ops.linear_attention import (
+    LinearPart,
+    SoftmaxPart,
+    dense_linear_weights,
+    join,
+    linear_attention_flops,
+    mask_keys,
+    with_text_queries,
+)
+from linearize.ops.pooling import num_cells
+
+
+class SlaMixer(JointMixer):
+    """SLA: "Sparse-Linear Attention", Zhang et al., arXiv 2509.24006, mixed by mass as in SLA2, arXiv 2602.12675.
+
+    Image tokens are cut into blocks of block_size x block_size. Each block of queries selects the share `key_ratio`
+    of the blocks of keys by the product of their means; its queries A(i) see those and the text by softmax, and all
+    others by linear attention, under one normaliser:
+
+        o_i = [sum_A(i) e^s_ij v_j + a sum_rest phi(q_i)^T phi(k_j) v_j] / [sum_A(i) e^s_ij + a sum_rest phi^T phi]
+
+    with a learned a of each head. **The cost is quadratic in tokens**: key_ratio N^2 pairs, and (N / block_size^2)^2
+    products of block scores and states; only their factor is small. key_ratio=1 is the teacher.
+
+    `variant="paper"` is O = O_softmax + P(O_linear), each with its own normaliser, phi the softmax over channels and
+    P [head_dim, head_dim] shared by all heads, which starts at zero. The paper skips the lowest tenth of the blocks,
+    the code does not and here the linear part is on all that is not selected, as in the code of the paper's branch
+    (its main branch has it on all keys). At least one block is selected, where the code's rounding may leave none.
+    The learned router of SLA2 and its low-bit kernels are not here.
+
+    Query, key and value are [batch, heads, tokens, head_dim], selections [batch, heads, blocks, selected].
+
+    Args:
+        shape: Sizes of the layer.
+        key_ratio: Share of the blocks of keys that are seen by softmax, above 0 and at most 1.
+        block_size: Side of a block in tokens.
+        feature_map: A name of `linearize.ops.feature_maps`; "paper" has "softmax" whatever this says.
+        variant: "dit" or "paper".
+        text: "exact" or "state", see `JointMixer`; "paper" has "exact" alone.
+
+    Raises:
+        LinearizeError: A knob has none of its values.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        key_ratio: float = 0.1,
+        block_size: int = 8,
+        feature_map: str = "polar",
+        variant: str = "dit",
+        text: str = "exact",
+    ) -> None:
+        check_number("sla", "block_size", block_size, 1)
+        check_choice("sla", "variant", variant, ("dit", "paper"))
+        if isinstance(key_ratio, bool) or not isinstance(key_ratio, int | float) or not 0 < key_ratio <= 1:
+            raise LinearizeError(f"mixer 'sla' got key_ratio={key_ratio!r}; choose a share above 0 and at most 1")
+        if variant == "paper" and text == "state":
+            raise LinearizeError(
+                "mixer 'sla' got text='state' with variant='paper'; choose text='exact' or variant='dit'"
+            )
+        name = "softmax" if variant == "paper" else feature_map
+        features = build_feature_map(name, shape.num_heads, shape.head_dim)
+        super().__init__(shape, "sla", text=text, log_mean_product=features.log_mean_product, has_window=True)
+        self.key_ratio, self.block_size, self.variant, self.map = key_ratio, block_size, variant, features
+        if variant == "paper":
+            del self.log_scale
+            self.projection = nn.Linear(shape.head_dim, shape.head_dim)
+            nn.init.zeros_(self.projection.weight)
+            nn.init.zeros_(self.projection.bias)
+
+    def features(self, tokens: Tokens) -> FeaturePair:
+        """See `JointMixer.features`."""
+        query, key = tokens.rotated
+        mapped_key = self.map(key, is_key=True, key_mask=tokens.context.key_mask)
+        return FeaturePair(self.map(query, is_key=False), mapped_key)
+
+    def exact_part(self, tokens: Tokens) -> SoftmaxPart | None:
+        """See `JointMixer.exact_part`: text, if it is exact, and the selected blocks."""
+        (query, key), image = tokens.rotated, tokens.image
+        index, num_blocks, selected = self._selection(tokens)
+        sparse = block_sparse_softmax(
+            query[:, :, image],
+            key[:, :, image],
+            tokens.value[:, :, image],
+            index=index,
+            num_blocks=num_blocks,
+            selected=selected,
+            scale=tokens.context.scale,
+            key_mask=tokens.mask_of(image),
+        )
+        return merge(super().exact_part(tokens), sparse)
+
+    def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
+        """See `JointMixer.mix_images`: one state of each block, summed over those that are not selected."""
+        index, num_blocks, selected = self._selection(tokens)
+        value, mask = tokens.value[:, :, tokens.image], tokens.mask_of(tokens.image)
+        rest = (~chosen(selected, num_blocks)).to(value.dtype)
+        value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+        sums = mix_block_states(pair.query.values, mask_keys(pair.key.values, mask), value, rest, index)
+        return LinearPart(sums[..., :-1], sums[..., -1:], pair.query.log_scale + pair.key.log_scale)
+
+    def sees_exactly(self, tokens: Tokens) -> Tensor:
+        """See `JointMixer.sees_exactly`."""
+        image, (index, num_blocks, selected) = tokens.image, self._selection(tokens)
+        seen = super().sees_exactly(tokens).repeat(*selected.shape[:2], 1, 1)
+        seen[:, :, image, image] = chosen(selected, num_blocks)[..., index, :][..., index]
+        return seen
+
+    def mix(self, tokens: Tokens) -> Tensor:
+        """See `JointMixer.mix`."""
+        if self.variant == "dit":
+            return super().mix(tokens)
+        image, context, exact = tokens.image, tokens.context, self.exact_part(tokens)
+        assert exact is not None
+        linear = join(None, self.mix_images(self.features(tokens).at(image, image), tokens))
+        return with_text_queries(
+            exact.output + self._project(linear),
+            *tokens.given_rotated,
+            layout=context.layout,
+            scale=context.scale,
+            key_mask=context.key_mask,
+        )
+
+    def dense_attention(self, tokens: Tokens, pair: FeaturePair) -> Tensor:
+        """See `JointMixer.dense_attention`."""
+        if self.variant == "dit":
+            return super().dense_attention(tokens, pair)
+        (query, key), context, seen = tokens.rotated, tokens.context, self.sees_exactly(tokens)
+        valid = torch.ones_like(seen) if context.key_mask is None else context.key_mask[:, None, None].expand_as(seen)
+        scores = torch.matmul(query, key.transpose(-1, -2)) * context.scale
+        softmax = scores.masked_fill(~(seen & valid), -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+        weights = dense_linear_weights(pair.query, pair.key)[0].masked_fill(seen | ~valid, 0.0)
+        total = weights.sum(dim=-1, keepdim=True)
+        linear = torch.matmul(weights / total.masked_fill(total == 0, 1.0), tokens.value)
+        is_image = torch.zeros_like(linear[..., :1])
+        is_image[:, :, tokens.image] = 1
+        return torch.matmul(softmax, tokens.value) + is_image * self._project(linear)
+
+    def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
+        """See `JointMixer.calibrate`; the paper's form has nothing to calibrate."""
+        if self.variant == "dit":
+            super().calibrate(query, key, value, context)
+
+    def flops(self, layout: Layout, batch: int = 1) -> int:
+        """Pairs of selected blocks, block scores and sums of block states, which are quadratic, and the rest."""
+        tokens, head_dim, num_features = layout.num_image_tokens, self.shape.head_dim, self.map.num_features
+        num_blocks = sum(num_cells(grid, self.block_size) for grid in layout.grids)
+        pairs = tokens * min(tokens, self._num_selected(num_blocks) * self.block_size**2)
+        each = 4 * pairs * head_dim + 2 * num_blocks**2 * (head_dim + num_features * (head_dim + 1))
+        each += linear_attention_flops(tokens, tokens, num_features, head_dim)
+        each += text_flops(self.text, layout, num_features, head_dim)
+        if self.variant == "paper":
+            each += 2 * tokens * head_dim**2
+        return batch * self.shape.num_heads * each
+
+    def _project(self, states: Tensor) -> Tensor:
+        return states @ self.projection.weight.to(states.dtype).T + self.projection.bias.to(states.dtype)
+
+    def _num_selected(self, num_blocks: int) -> int:
+        return min(num_blocks, max(1, math.ceil(self.key_ratio * num_blocks)))
+
+    def _selection(self, tokens: Tokens) -> tuple[Tensor, int, Tensor]:
+        """The block of every image token, the number of blocks, and the blocks of keys for each block of queries."""
+        # Rotated in float32 at least: rounding the rotated tokens would change which blocks come first.
+        query, key = (tokens.context.rotate(states.detach()) for states in (tokens.query, tokens.key))
+        image = tokens.image
+        index, num_blocks = square_blocks(tokens.context.layout, self.block_size)
+        index = index.to(query.device)
+        selected = select_blocks(
+            query[:, :, image],
+            key[:, :, image],
+            index,
+            num_blocks,
+            self._num_selected(num_blocks),
+            tokens.mask_of(image),
+        )
+        return index, num_blocks, selected
