@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from diffusers import FluxPipeline
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
+from linearize.config import plain, register_resolvers
 from linearize.distillation.checkpoint import read_checkpoint
 from linearize.errors import LinearizeError
 from linearize.files import read_json, weight_hash
@@ -217,6 +220,26 @@ def test_a_mistake_on_the_command_line_exits_with_2(tmp_path: Path) -> None:
         compose("pretrain", overrides=["judge.max_step=3"])
     told = describe(caught.value, ROOT / "configs", "pretrain", ["judge.max_step=3"])
     assert told.startswith("judge.max_step is no setting (did you mean judge.max_steps?): judge has ")
+
+
+def commands_of_the_model_card() -> list[list[str]]:
+    (block,) = re.findall(r"```bash\n(.*?)```", (TEACHER / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [shlex.split(command.replace("\\\n", " ")) for command in block.split("\n\n")]
+
+
+def test_the_commands_of_the_model_card_are_those_that_made_the_teacher() -> None:
+    register_resolvers(ROOT)
+    autoencoder, judge, first, second = commands_of_the_model_card()
+    made = read_json(TEACHER / "training.json")
+    parts = ("autoencoder", "pretraining", "pretraining")
+    for command, part, record in zip((autoencoder, first, second), parts, made, strict=True):
+        script = command.index("scripts/pretrain_teacher.py")
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            cfg = compose("pretrain", overrides=command[script + 1 :])
+        options = plain(cfg[part])
+        assert {name: options[name] for name in record["options"]} == record["options"]
+        assert record["stage"] in cfg.stages and cfg.seed == record["seed"]
+    assert judge == ["python", "scripts/pretrain_teacher.py", "stages=[judge]", "trainer.devices=1"]
 
 
 def test_an_interval_is_added_to_a_row_of_accuracies() -> None:

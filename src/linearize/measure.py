@@ -54,7 +54,11 @@ def measure_accuracy(
     Returns:
         `settings`, and `rows` with the shares of right pictures and of right attributes.
     """
-    sampler = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "seed": seed}
+    sampler: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+    }
     measured = []
     for row in rows:
         setting = dict(row)

@@ -1,5 +1,6 @@
 """The teacher in data/teachers/scenes: an ordinary folder, small, right, and the one behind the shipped store."""
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from diffusers import FluxPipeline
 from safetensors import safe_open
 
 from linearize.data.store import SampleStore
-from linearize.files import weight_hash
+from linearize.files import read_json, weight_hash
+from linearize.measure import with_interval
 from linearize.scenes.accuracy import judge_pipeline
 from linearize.scenes.grammar import prompts
 from linearize.scenes.judge import Judge
@@ -40,6 +42,31 @@ def test_it_is_small_and_bfloat16() -> None:
     for file in weights:
         with safe_open(file, framework="pt") as tensors:
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_the_model_card_tells_what_was_measured() -> None:
+    card = (TEACHER / "README.md").read_text(encoding="utf-8")
+    measured = read_json(TEACHER / "accuracy.json")
+    assert len(measured["rows"]) == 6
+    for row in measured["rows"]:
+        assert row == with_interval(row)
+        low, high = row["scene_accuracy_interval"]
+        prompts_column = {1: "one object", 2: "two objects", None: "one or two"}[row["num_objects"]]
+        numbers = f"{row['scene_accuracy']:.1%} | {low:.1%} - {high:.1%}".replace("%", " %")
+        line = f"| {prompts_column} | {row['side']} | {row['max_sequence_length']} | {row['num_prompts']} | {numbers} |"
+        assert line in card
+        if row["side"] == 256:
+            assert row["scene_accuracy"] >= {1: 0.95, 2: 0.85}[row["num_objects"]]
+    forward = read_json(TEACHER / "forward_time.json")
+    assert f"takes {forward['median_seconds']:.2f} s on two cores" in card and forward["median_seconds"] <= 0.25
+    assert weight_hash(TEACHER / "transformer") in card
+    history = read_json(TEACHER / "training.json")
+    for record in history:
+        assert f"{record['steps']:,} |" in card and f" {record['minutes']} |" in card
+        assert record["samples_seen"] is None or f"{record['samples_seen']:,} |" in card
+    assert (TEACHER / "loss_curve.png").stat().st_size <= 60_000
+    curve = list(csv.DictReader((TEACHER / "loss_curve.csv").open(encoding="utf-8")))
+    assert int(curve[-1]["total_step"]) == sum(record["steps"] for record in history if record["stage"] == "teacher")
 
 
 def test_stock_diffusers_draws_with_it() -> None:
