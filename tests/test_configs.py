@@ -20,7 +20,7 @@ from runs import ROOT, compose_train
 CONFIGS = ROOT / "configs"
 GROUPS = (
     *("teacher", "data", "mixer", "loss", "optimizer", "schedule", "sigma"),
-    *("trainer", "callbacks", "logger", "evaluation", "experiment", "debug"),
+    *("trainer", "callbacks", "logger", "evaluation", "experiment", "sweep", "debug"),
 )
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 
@@ -76,6 +76,15 @@ def test_precisions_that_are_not_supported(tmp_path: Path) -> None:
         resolve_precision(compose_train(*on_cpu, "trainer.precision=32-true", run_dir=tmp_path))
 
 
+@pytest.mark.parametrize(("choice", "launcher"), [("local", "LocalLauncher"), ("slurm", "SlurmLauncher")])
+def test_launchers_compose_with_a_sweep(choice: str, launcher: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", ["sweep=clear_windows", f"launcher={choice}"], return_hydra_config=True)
+    assert cfg.hydra.launcher._target_.endswith(launcher)
+    assert cfg.hydra.sweeper.params.window == "2,4,8,16" and cfg.name == "clear_windows"
+
+
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("train", overrides=list(overrides))
@@ -91,6 +100,7 @@ def composed(*overrides: str) -> DictConfig:
         (["trainer.max_step=3"], "trainer.max_step is no setting (did you mean trainer.max_steps?): trainer has "),
         (["-m", "mixer=softmax", "window=3"], "window is no setting of every point of this sweep: "),
         (["windw=3", "mixr=clear"], "windw is no setting: python "),
+        (["hydra/launcher=submitit_no"], "This launcher needs submitit, which is not installed: run pip install 'lin"),
         (["layers=[a"], "layers=[a cannot be read (no viable alternative"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Sequence
 
 from linearize.errors import LinearizeError
 
@@ -30,7 +31,7 @@ def require(*modules: str, purpose: str) -> None:
     """
     missing = [name for name in modules if not _is_installed(name)]
     if missing:
-        raise LinearizeError(_sentence(purpose, missing))
+        raise LinearizeError(missing_sentence(purpose, missing))
 
 
 def describe_missing(error: ImportError, purpose: str) -> str:
@@ -41,7 +42,7 @@ def describe_missing(error: ImportError, purpose: str) -> str:
     for name in named:
         module = name.partition(".")[0].replace("-", "_")
         if module in known:
-            return _sentence(purpose, [module])
+            return missing_sentence(purpose, [module])
     return f"{purpose} cannot import {error.name or 'a module'} ({error}): install it with pip."
 
 
@@ -52,7 +53,8 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _sentence(purpose: str, missing: list[str]) -> str:
+def missing_sentence(purpose: str, missing: Sequence[str]) -> str:
+    """One sentence about modules of one extra that are missing."""
     extra = next(extra for extra, modules in EXTRAS.items() if missing[0] in modules)
     are = "is" if len(missing) == 1 else "are"
     return f"{purpose} needs {' and '.join(missing)}, which {are} not installed: run pip install 'linearize[{extra}]'."

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from linearize.config import describe_failure
 from linearize.entry import MISTAKE
 from linearize.errors import LinearizeError
+from linearize.extras import missing_sentence
 
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 _TIME = re.compile(r"[\d:]+")
@@ -83,6 +84,8 @@ def describe(error: Exception, config_folder: Path, config_name: str, arguments:
     """One sentence about an error that Hydra raised for these command line arguments."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if choice.startswith("submitit"):
+            return missing_sentence("This launcher", ["submitit"])
         close = difflib.get_close_matches(choice, error.options, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{group}={choice} does not exist{hint}: choose {group}= one of {', '.join(error.options)}."

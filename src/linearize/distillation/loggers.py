@@ -1,5 +1,6 @@
 """The loggers of a run. A resumed run goes on in the Weights & Biases run that its checkpoint belongs to."""
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,9 @@ def build_loggers(cfg: DictConfig, checkpoint: Path | None) -> list[Any]:
 def _wandb_logger(settings: DictConfig, checkpoints: Path, checkpoint: Path | None) -> WandbLogger:
     """A W&B logger whose run id is that of the checkpoint's folder, or a new one; it is kept beside the checkpoints."""
     require("wandb", purpose="logger=wandb")
-    from wandb.util import generate_id
-
     kept = None if checkpoint is None else checkpoint.parent / WANDB_FILE
     known = read_json_object(kept).get("id") if kept is not None and kept.is_file() else None
-    logger = instantiate(settings, id=settings.id or known or generate_id())
+    logger = instantiate(settings, id=settings.id or known or uuid.uuid4().hex[:8])
     _keep(checkpoints / WANDB_FILE, logger)
     return logger
 
