@@ -121,6 +121,8 @@ def test_more_steps_may_be_given_and_another_student_may_not(
         train(compose_train(*softmax, *BARE, resume, "mixer=softmax", run_dir=other))
     with pytest.raises(LinearizeError, match=r"at step 2, past trainer\.max_steps=1"):
         train(compose_train(*tiny, *BARE, resume, "trainer.max_steps=1", run_dir=other))
+    with pytest.raises(LinearizeError, match=r"another optimizer \(torch\.optim\.AdamW\) than this run"):
+        train(compose_train(*tiny, *BARE, resume, "optimizer=sgd", run_dir=other))
     assert not (other / "checkpoints").exists()
     train(compose_train(*tiny, *BARE, resume, "trainer.max_steps=3", run_dir=other))
     assert "the learning-rate schedule changes" in caplog.text
@@ -199,26 +201,44 @@ def cli(*arguments: str, run_dir: Path) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def test_ctrl_c_writes_a_checkpoint_and_exits(tiny: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny, *BARE, "trainer.max_steps=400", "trainer.val_check_interval=1000"]
+def stop_by(number: signal.Signals, at: str, *overrides: str, run_dir: Path) -> int:
+    """Sends a running `train.py` a signal when it prints `at`; returns the step that it says it stopped after."""
     lines = []
-    with cli(*overrides, run_dir=tmp_path / "run") as process:
+    with cli(*overrides, run_dir=run_dir) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
-            if "step 3/400" in line:
-                process.send_signal(signal.SIGINT)
+            if at in line:
+                process.send_signal(number)
                 break
         lines.append(process.communicate()[0])
     output = "".join(lines)
     assert process.returncode == 130, output
-    told = re.search(r"Stopped after step (\d+) of 400; to go on: the same command with resume=(\S+)", output)
+    told = re.search(r"Stopped after step (\d+) of 100; to go on: the same command with resume=(\S+)", output)
     assert told is not None, output
     assert "Traceback" not in output
-    steps = int(told.group(1))
-    assert last(tmp_path / "run")["global_step"] == steps
-    # Where it stopped is up to the clock; a run that is stopped there by its own count must have the same weights.
-    again = (f"+callbacks.stop.step={steps}", "+callbacks.stop._target_=runs.InterruptAt")
-    with pytest.raises(KeyboardInterrupt):
-        train(compose_train(*overrides, *again, run_dir=tmp_path / "again"))
-    assert_same_training(tmp_path / "run", tmp_path / "again")
+    assert last(run_dir)["global_step"] == int(told.group(1))
+    return int(told.group(1))
+
+
+def test_a_process_that_is_stopped_twice_ends_with_the_weights_of_one_that_was_not(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny, *BARE, "trainer.max_steps=100", "trainer.val_check_interval=1000"]
+    first = stop_by(signal.SIGINT, "step 3/100", *overrides, run_dir=tmp_path / "stopped")
+    stopped = [*overrides, "resume=last"]
+    second = stop_by(signal.SIGTERM, f"step {first + 2}/100", *stopped, run_dir=tmp_path / "stopped")
+    assert 3 <= first < second < 100
+    train(compose_train(*stopped, run_dir=tmp_path / "stopped"))
+    train(compose_train(*overrides, run_dir=tmp_path / "whole"))
+    assert_same_training(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tiny: list[str], tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    overrides = [*tiny, "evaluate=false", "export=null", "logger=wandb"]
+    for steps, *resume in ((2,), (3, "resume=last")):
+        train(compose_train(*overrides, f"trainer.max_steps={steps}", *resume, run_dir=tmp_path))
+        wandb.finish()
+    kept = json.loads((tmp_path / "checkpoints" / "wandb.json").read_text())["id"]
+    assert [file.name for file in tmp_path.glob("wandb/offline-run-*/*.wandb")] == [f"run-{kept}.wandb"] * 2
