@@ -166,8 +166,8 @@ class JointMixer(Mixer):
     ) -> None:
         super().__init__(shape)
         check_choice(name, "text", text, TEXT)
-        self.text, self.has_exact_keys = text, text == "exact" or has_window
-        if self.has_exact_keys:
+        self.text, self.has_log_scale = text, text == "exact" or has_window
+        if self.has_log_scale:
             # An average key weighs as much as under softmax: for unit normal vectors the mean of exp(qk / sqrt(d)) is
             # near exp(1/2). Calibration does better.
             self.log_scale = nn.Parameter(torch.full((shape.num_heads,), 0.5 - log_mean_product))
@@ -205,11 +205,19 @@ class JointMixer(Mixer):
             key_mask=tokens.mask_of(tokens.text),
         )
 
+    def image_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:
+        """What image tokens see by softmax, and image tokens by linear attention, before `log_scale`."""
+        return self.exact_part(tokens), self.mix_images(pair.at(tokens.image, tokens.image), tokens)
+
     def sees_exactly(self, tokens: Tokens) -> Tensor:
         """The definition of `exact_part`: [tokens, tokens], True where the softmax weight holds, text rows included."""
         is_text = torch.zeros(tokens.query.shape[2], dtype=torch.bool, device=tokens.query.device)
         is_text[tokens.text] = self.text == "exact"
         return is_text[:, None] | is_text
+
+    def weigh_scores(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """What a subclass does to softmax scores [batch, heads, tokens, tokens] before they meet linear weights."""
+        return scores
 
     def add_to_images(self, output: Tensor, tokens: Tokens) -> Tensor:
         """What a subclass adds to the image tokens' output, [batch, heads, image tokens, head_dim]."""
@@ -240,13 +248,13 @@ class JointMixer(Mixer):
     def mix(self, tokens: Tokens) -> Tensor:
         """The output of all tokens."""
         pair, image, text, context = self.features(tokens), tokens.image, tokens.text, tokens.context
-        part = self.mix_images(pair.at(image, image), tokens)
+        exact, part = self.image_parts(pair, tokens)
         if self.text == "state":
             from_text = self.attend(pair.at(image, text), tokens.value[:, :, text], tokens.mask_of(text))
             part = part._replace(numerator=part.numerator + from_text.numerator, mass=part.mass + from_text.mass)
-        if self.has_exact_keys:
+        if self.has_log_scale:
             part = part.scaled(self.log_scale)
-        output = self.add_to_images(self.normalise(self.exact_part(tokens), part), tokens)
+        output = self.add_to_images(self.normalise(exact, part), tokens)
         if self.text == "state":
             part = self.attend(pair.at(text, slice(None)), tokens.value, context.key_mask)
             return in_order(self.normalise(None, part), output, context.layout)
@@ -270,7 +278,7 @@ class JointMixer(Mixer):
         ):
             placed = weights.clone()
             placed[..., image, image] = among
-            if self.has_exact_keys:
+            if self.has_log_scale:
                 placed = placed * self.log_scale.exp()[:, None, None]
             linear.append(placed.masked_fill(seen, 0.0))
         if tokens.context.key_mask is not None:
@@ -278,17 +286,16 @@ class JointMixer(Mixer):
             seen, linear = seen & valid, [weights.masked_fill(~valid, 0.0) for weights in linear]
         if not self.has_normaliser:
             return linear[0] @ tokens.value
-        scores = query @ key.transpose(-1, -2) * tokens.context.scale
+        scores = self.weigh_scores(query @ key.transpose(-1, -2) * tokens.context.scale, seen)
         return dense_join(scores, seen, (linear[0], linear[1]), tokens.value)
 
     @torch.no_grad()
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
         """See `Mixer.calibrate`: `log_scale` gives the linear branch the mass that the teacher has on its keys."""
         tokens = Tokens.of(query, key, value, context)
-        exact = self.exact_part(tokens)
-        if exact is None:
+        exact, part = self.image_parts(self.features(tokens), tokens)
+        if exact is None or not self.has_log_scale:
             return
-        part = self.mix_images(self.features(tokens).at(tokens.image, tokens.image), tokens)
         everything = self._log_mass_of_teacher(tokens)
         target = (1 - (exact.log_mass - everything).exp()).clamp(0, 1).mean(dim=(0, 2, 3))
         tiny = torch.finfo(part.mass.dtype).tiny

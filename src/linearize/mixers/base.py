@@ -67,12 +67,14 @@ class Mixer(nn.Module):
         trained_projections: The teacher's projections that are trained with it, where the layer has them.
         uses_hidden_states: Whether the context must carry the layer's input.
         uses_timestep_embedding: Whether the context must carry the timestep embedding.
+        is_softmax_when_covered: Whether it is the teacher's attention when its `window` covers the picture.
     """
 
     token_order: str = "any"
     trained_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out")
     uses_hidden_states: ClassVar[bool] = False
     uses_timestep_embedding: ClassVar[bool] = False
+    is_softmax_when_covered: ClassVar[bool] = False
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
@@ -99,6 +101,13 @@ class Mixer(nn.Module):
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """Floating point operations of one forward call, two per multiply-add, without the projections."""
         raise NotImplementedError
+
+    def check_layout(self, layout: Layout) -> None:
+        """Checks that the mixer can serve these tokens, as `forward` does; by default it serves all.
+
+        Raises:
+            LinearizeError: It cannot; the message names what works.
+        """
 
     def initialize_from_teacher(self, attention: nn.Module) -> None:
         """Sets parameters from the teacher's attention layer, so that training starts near it; by default nothing."""

@@ -38,10 +38,12 @@ class SoftmaxPart(NamedTuple):
     Attributes:
         output: [batch, heads, queries, head_dim], zeros where no key is valid.
         log_mass: [batch, heads, queries, 1], log sum_j exp(s_ij), -inf where no key is valid.
+        largest: Same, max_j s_ij, where it is kept.
     """
 
     output: Tensor
     log_mass: Tensor
+    largest: Tensor | None = None
 
 
 def linear_attention(
@@ -105,13 +107,30 @@ def weigh(scores: Tensor, value: Tensor, seen: Tensor | None = None) -> SoftmaxP
     """Softmax of scores [..., queries, keys] over the keys that are seen, applied to value [..., keys, head_dim]."""
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
-    largest = scores.detach().amax(dim=-1, keepdim=True)
-    largest = largest.masked_fill(largest.isinf(), 0.0)
+    maximum = scores.amax(dim=-1, keepdim=True)
+    largest = maximum.detach().masked_fill(maximum.isinf(), 0.0)
     weights = (scores - largest).exp()
     mass = weights.sum(dim=-1, keepdim=True)
     tiny = torch.finfo(mass.dtype).tiny
     log_mass = torch.where(mass > 0, mass.clamp(min=tiny).log() + largest, -torch.inf)
-    return SoftmaxPart(weights @ value / mass.clamp(min=tiny), log_mass)
+    return SoftmaxPart(weights @ value / mass.clamp(min=tiny), log_mass, maximum)
+
+
+def merge(first: SoftmaxPart | None, second: SoftmaxPart) -> SoftmaxPart:
+    """Softmax over the keys of both parts, which share none."""
+    if first is None:
+        return second
+    largest = torch.maximum(first.log_mass, second.log_mass).detach()
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    masses = [(part.log_mass - largest).exp() for part in (first, second)]
+    total = masses[0] + masses[1]
+    tiny = torch.finfo(total.dtype).tiny
+    output = (masses[0] * first.output + masses[1] * second.output) / total.clamp(min=tiny)
+    log_mass = torch.where(total > 0, total.clamp(min=tiny).log() + largest, -torch.inf)
+    maximum = None
+    if first.largest is not None and second.largest is not None:
+        maximum = torch.maximum(first.largest, second.largest)
+    return SoftmaxPart(output, log_mass, maximum)
 
 
 def join(exact: SoftmaxPart | None, linear: LinearPart) -> Tensor:

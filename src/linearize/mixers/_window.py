@@ -1,0 +1,47 @@
+"""What mixers with a window share: the window itself, and the switch that turns either branch off."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linearize.mixers._joint import Tokens, check_choice, check_number
+from linearize.ops.disc import coordinates
+from linearize.ops.local_attention import local_attention
+
+BRANCHES = ("both", "linear", "window")
+
+
+def check_window(mixer: str, window: int, branches: str) -> None:
+    """Checks the arguments that all mixers with a window have.
+
+    Raises:
+        LinearizeError: The window is no radius, or there are no such branches.
+    """
+    check_number(mixer, "window", window, 1)
+    check_choice(mixer, "branches", branches, BRANCHES)
+
+
+def window_attention(tokens: Tokens, window: int, backend: str = "auto") -> Tensor:
+    """Softmax over the disc and the text, and for text over everything: [batch, heads, tokens, head_dim]."""
+    layout = tokens.context.layout
+    return local_attention(
+        *tokens.given_rotated,
+        grid=layout.grids,
+        window=window,
+        num_text_tokens=layout.num_text_tokens,
+        text_first=layout.text_first,
+        tile=layout.tile,
+        scale=tokens.context.scale,
+        key_mask=tokens.context.key_mask,
+        backend=backend,
+    )
+
+
+def inside_window(tokens: Tokens, window: int) -> Tensor:
+    """[tokens, tokens], True for two image tokens of which one lies in the disc around the other."""
+    num_tokens, device = tokens.query.shape[2], tokens.query.device
+    places = coordinates(tokens.context.layout).to(device)
+    inside = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=device)
+    inside[tokens.image, tokens.image] = (places[:, None] - places).square().sum(dim=-1) < window**2
+    return inside

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from linearize.layout import TILE, Grid, Layout
+from linearize.ops import tile_states
+from linearize.ops.dense_attention import dense_attention
+from linearize.ops.disc import coordinates
+from linearize.ops.linear_attention import LinearPart, dense_join, join
+from linearize.ops.tile_states import SIDE, tile_tables, window_flops, window_with_complement
+
+
+def tokens(layout, dtype=torch.float64):
+    torch.manual_seed(0)
+    size = (2, 2, layout.num_image_tokens, 6)
+    query, key, value = torch.randn(3, *size, dtype=dtype).unbind(0)
+    features = torch.rand(2, *size[:3], 5, dtype=dtype).unbind(0)
+    return [tensor.clone().requires_grad_() for tensor in (query, key, value, *features)]
+
+
+def inside_disc(layout, window):
+    places = coordinates(layout)
+    return (places[:, None] - places).square().sum(-1) < window**2
+
+
+def compare(layout, window, key_mask=None):
+    query, key, value, *features = leaves = tokens(layout)
+    ours = join(
+        *window_with_complement(
+            query, key, value, tuple(features), layout=layout, window=window, scale=0.4, key_mask=key_mask
+        )
+    )
+    inside = inside_disc(layout, window)
+    weights = (features[0] @ features[1].transpose(-1, -2)).masked_fill(inside, 0.0)
+    if key_mask is not None:
+        weights, inside = weights.masked_fill(~key_mask[:, None, None], 0.0), inside & key_mask[:, None, None]
+    theirs = dense_join(query @ key.transpose(-1, -2) * 0.4, inside, (weights, weights), value)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    gradients = (torch.autograd.grad(output.sin().sum(), leaves) for output in (ours, theirs))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    grids=st.lists(st.builds(Grid, st.integers(1, 19), st.integers(1, 26)), min_size=1, max_size=2),
+    window=st.integers(1, 12),
+    tile=st.sampled_from([None, TILE]),
+    masked=st.booleans(),
+)
+def test_it_is_the_dense_partition(grids, window, tile, masked):
+    layout = Layout(0, tuple(grids), tile=tile)
+    key_mask = None
+    if masked:
+        key_mask = torch.rand(2, layout.num_image_tokens) > 0.3
+        key_mask[:, 0] = True
+    compare(layout, window, key_mask)
+
+
+def test_batches_of_tiles_make_no_difference(monkeypatch):
+    monkeypatch.setattr(tile_states, "KEYS_PER_BATCH", 1500)
+    compare(Layout(0, (Grid(21, 37),)), 5)
+
+
+def test_the_complement_is_the_total_minus_the_window():
+    layout = Layout(0, (Grid(17, 30),))
+    query, key, value, *features = tokens(layout)
+    _, part = window_with_complement(query, key, value, tuple(features), layout=layout, window=4, scale=1.0)
+    weights = features[0] @ features[1].transpose(-1, -2)
+    selected = weights.masked_fill(~inside_disc(layout, 4), 0.0)
+    torch.testing.assert_close(part.numerator, weights @ value - selected @ value)
+    torch.testing.assert_close(part.mass, (weights - selected).sum(-1, keepdim=True))
+
+
+def test_a_window_over_everything_leaves_nothing_to_the_states():
+    layout = Layout(0, (Grid(9, 21),))
+    query, key, value, *features = tokens(layout, torch.float32)
+    exact, part = window_with_complement(query, key, value, tuple(features), layout=layout, window=40, scale=1.0)
+    assert isinstance(part, LinearPart)
+    assert part.mass.abs().max() == part.numerator.abs().max() == 0
+    expected = dense_attention(query, key, value, scale=1.0)
+    torch.testing.assert_close(join(exact, part), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_in_float32_the_subtraction_costs_little():
+    layout = Layout(0, (Grid(40, 56),))
+    inputs = tokens(layout)
+    outputs = []
+    for dtype in (torch.float64, torch.float32):
+        query, key, value, *features = (tensor.detach().to(dtype) for tensor in inputs)
+        parts = window_with_complement(query, key, value, tuple(features), layout=layout, window=9, scale=0.4)
+        outputs.append(join(*parts).double())
+    assert (outputs[1] - outputs[0]).norm() < 1e-6 * outputs[0].norm()
+
+
+def test_every_token_has_one_place_and_far_tiles_are_no_neighbours():
+    layout = Layout(3, (Grid(30, 41), Grid(9, 7)), tile=TILE)
+    tables = tile_tables(layout, 6, torch.device("cpu"))
+    assert torch.equal(tables.tokens.flatten()[tables.index], torch.arange(layout.num_image_tokens))
+    assert int(tables.is_token.sum()) == layout.num_image_tokens
+    assert tables.near.shape[1] == 9 + 2
+    assert SIDE == 8
+
+
+@pytest.mark.parametrize("num_features", [0, 64])
+def test_operations_grow_linearly_with_the_picture(num_features):
+    counts = [window_flops(Layout(0, (Grid(side, 64),)), 8, 64, num_features) for side in (64, 128, 192)]
+    assert counts[2] - counts[1] == counts[1] - counts[0] > 0
