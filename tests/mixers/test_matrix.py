@@ -22,6 +22,12 @@ VARIANTS = {
         {"feature_map": "exponential", "text": "state"},
         {"variant": "paper", "rank": 3},
     ],
+    "lawcat": [
+        {"window": 3, "directions": "rows_and_columns", "rank": 2},
+        {"branches": "linear", "rope": "after_map", "convolution": 5, "rank": 0},
+        {"window": 2, "text": "state", "rope": "none", "convolution": 1, "width": 3},
+        {"window": 3, "branches": "window"},
+    ],
     "linear": [
         {"feature_map": "relu", "rope": "none", "num_heads": 1, "convolution": 5},
         {"feature_map": "hedgehog", "rope": "after_map", "mlp": 4},

@@ -19,8 +19,10 @@ from linearize.ops.linear_attention import (
     SoftmaxPart,
     dense_join,
     dense_linear_weights,
+    exact_text_flops,
     join,
     linear_attention,
+    linear_attention_flops,
     softmax_part,
     with_text_queries,
 )
@@ -215,6 +217,10 @@ class JointMixer(Mixer):
         is_text[tokens.text] = self.text == "exact"
         return is_text[:, None] | is_text
 
+    def is_not_linear(self, tokens: Tokens, seen: Tensor) -> Tensor:
+        """The pairs [tokens, tokens] without a linear weight: by default those that have a softmax weight."""
+        return seen
+
     def weigh_scores(self, scores: Tensor, seen: Tensor) -> Tensor:
         """What a subclass does to softmax scores [batch, heads, tokens, tokens] before they meet linear weights."""
         return scores
@@ -280,7 +286,7 @@ class JointMixer(Mixer):
             placed[..., image, image] = among
             if self.has_log_scale:
                 placed = placed * self.log_scale.exp()[:, None, None]
-            linear.append(placed.masked_fill(seen, 0.0))
+            linear.append(placed.masked_fill(self.is_not_linear(tokens, seen), 0.0))
         if tokens.context.key_mask is not None:
             valid = tokens.context.key_mask[:, None, None]
             seen, linear = seen & valid, [weights.masked_fill(~valid, 0.0) for weights in linear]
@@ -288,6 +294,14 @@ class JointMixer(Mixer):
             return linear[0] @ tokens.value
         scores = self.weigh_scores(query @ key.transpose(-1, -2) * tokens.context.scale, seen)
         return dense_join(scores, seen, (linear[0], linear[1]), tokens.value)
+
+    def text_flops(self, layout: Layout, num_features: int) -> int:
+        """Operations in one head that text costs: exact pairs, or its state for all and all states for it."""
+        head_dim, text = self.shape.head_dim, layout.num_text_tokens
+        if self.text == "exact":
+            return exact_text_flops(layout, head_dim)
+        for_text = linear_attention_flops(text, layout.num_image_tokens, num_features, head_dim)
+        return for_text + linear_attention_flops(layout.num_tokens, text, num_features, head_dim)
 
     @torch.no_grad()
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:

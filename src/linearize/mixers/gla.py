@@ -11,7 +11,6 @@ from linearize.mixers._gated import DIRECTIONS, GATES, GatedMixer, LogGates
 from linearize.mixers._joint import ROPE, FeaturePair, Tokens, check_choice, check_number, rotate_pair
 from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import Features, build_feature_map
-from linearize.ops.linear_attention import exact_text_flops, linear_attention_flops
 
 
 class GlaMixer(GatedMixer):
@@ -107,13 +106,8 @@ class GlaMixer(GatedMixer):
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """Scans, gates, exact text or its state, and the output gate of variant=paper."""
-        shape, images, text = self.shape, layout.num_image_tokens, layout.num_text_tokens
-        each = self.scan_flops(images, self.num_features)
-        if self.text == "exact":
-            each += exact_text_flops(layout, shape.head_dim)
-        else:
-            each += linear_attention_flops(layout.num_tokens, text, self.num_features, shape.head_dim)
-            each += linear_attention_flops(text, images, self.num_features, shape.head_dim)
+        shape, images = self.shape, layout.num_image_tokens
+        each = self.scan_flops(images, self.num_features) + self.text_flops(layout, self.num_features)
         total = shape.num_heads * each + self.gates.flops(images)
         if not self.has_normaliser:
             total += 2 * layout.num_tokens * self.output_gate.weight.numel()

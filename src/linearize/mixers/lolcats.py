@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linearize.layout import Layout
 from linearize.mixers._joint import FeaturePair, JointMixer, Tokens, check_choice, check_number
 from linearize.mixers._window import check_window, inside_window, window_attention
-from linearize.mixers.base import AttentionShape
+from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.feature_maps import HedgehogMap
 from linearize.ops.linear_attention import (
     LinearPart,
@@ -109,6 +109,11 @@ class LolcatsMixer(JointMixer):
             window_attention(tokens, self.window, "naive") if self.branches == "window" else super().dense_mix(tokens)
         )
 
+    def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
+        """See `JointMixer.calibrate`."""
+        if self.branches != "window":
+            super().calibrate(query, key, value, context)
+
     def image_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:
         """See `JointMixer.image_parts`."""
         if self.branches == "linear":
@@ -144,7 +149,7 @@ class LolcatsMixer(JointMixer):
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """The window's pairs, states of tiles and their readings, and text."""
-        head_dim, images, text = self.shape.head_dim, layout.num_image_tokens, layout.num_text_tokens
+        head_dim, images = self.shape.head_dim, layout.num_image_tokens
         if self.branches == "window":
             each = window_flops(layout, self.window, head_dim) + exact_text_flops(layout, head_dim)
             return batch * self.shape.num_heads * each
@@ -153,11 +158,7 @@ class LolcatsMixer(JointMixer):
             each = window_flops(layout, self.window, head_dim, features)
         else:
             each = linear_attention_flops(images, images, features, head_dim)
-        if self.text == "exact":
-            each += exact_text_flops(layout, head_dim)
-        else:
-            each += linear_attention_flops(layout.num_tokens, text, features, head_dim)
-            each += linear_attention_flops(text, images, features, head_dim)
+        each += self.text_flops(layout, features)
         # W of query and key.
         each += 2 * layout.num_tokens * head_dim * features
         return batch * self.shape.num_heads * each
