@@ -112,7 +112,7 @@ def test_the_cost_is_quadratic_and_near_the_key_ratio():
     mixer = build_mixer("sla", AttentionShape(24, 128, 3072), {"key_ratio": 0.05})
     costs = [mixer.flops(Layout(0, (Grid(side, side),))) for side in (256, 512)]
     assert 15 < costs[1] / costs[0] < 16
-    assert 0.05 < costs[1] / (4 * 24 * 128 * 512**4) < 0.08
+    assert 0.05 < costs[1] / (4 * 24 * 128 * 512**4) < 0.09
 
 
 @pytest.mark.parametrize(

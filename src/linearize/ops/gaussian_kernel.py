@@ -1,0 +1,48 @@
+"""The Gaussian kernel between vectors, and landmarks that stand for the tokens of a cell."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.layout import Layout
+from linearize.ops.block_states import block_index
+
+
+def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
+    """exp(-|x - y|^2 / 2), [..., first, second].
+
+    It is e^(x y) e^(-|x|^2 / 2) e^(-|y|^2 / 2): on vectors of one length, proportional to softmax's own weights.
+    """
+    distance = first.square().sum(dim=-1)[..., :, None] + second.square().sum(dim=-1)[..., None, :]
+    return torch.exp(torch.matmul(first, second.transpose(-1, -2)) - distance / 2)
+
+
+def landmark_index(layout: Layout, per_side: int) -> tuple[Tensor, int]:
+    """The cell of every image token, [num_image_tokens], and the number of cells: per_side^2 for each grid."""
+    sizes = torch.tensor([grid.num_tokens for grid in layout.grids])
+    grid = torch.arange(len(sizes)).repeat_interleave(sizes)[layout.raster_to_tile()]
+    return grid * per_side**2 + block_index(layout, per_side), len(sizes) * per_side**2
+
+
+def cell_landmarks(states: Tensor, index: Tensor, num_cells: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One landmark for each cell: the mean direction of its valid tokens at their mean length, and how many there are.
+
+    A plain mean of vectors that point many ways is shorter than all of them, and as far from them in this kernel.
+
+    Args:
+        states: [batch, heads, tokens, channels].
+        index: The cell of every token, [tokens].
+        num_cells: Cells, some of which may be empty: their landmark is zero.
+        mask: [batch, tokens], True where a token counts.
+
+    Returns:
+        [batch, heads, cells, channels] and [batch, 1, cells].
+    """
+    valid = states.new_ones(states.shape[0], 1, len(index)) if mask is None else mask[:, None].to(states.dtype)
+    counts = valid.new_zeros(states.shape[0], 1, num_cells).index_add(2, index, valid)
+    with_length = torch.cat([states, states.norm(dim=-1, keepdim=True)], dim=-1) * valid[..., None]
+    total = states.new_zeros(*states.shape[:2], num_cells, with_length.shape[-1]).index_add(2, index, with_length)
+    mean = total / counts.clamp(min=1)[..., None]
+    return F.normalize(mean[..., :-1], dim=-1) * mean[..., -1:], counts
