@@ -19,6 +19,7 @@ CONFIGS = {
     "scripts/generate_data.py": "generate",
     "scripts/evaluate.py": "evaluate",
     "scripts/sample.py": "sample",
+    "scripts/benchmark.py": "benchmark",
 }
 
 
