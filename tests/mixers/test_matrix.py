@@ -28,6 +28,13 @@ VARIANTS = {
         {"window": 2, "text": "state", "rope": "none", "convolution": 1, "width": 3},
         {"window": 3, "branches": "window"},
     ],
+    "liger": [
+        {"window": 3, "directions": "rows_and_columns", "share": 0.3},
+        {"branches": "linear", "rope": "after_map"},
+        {"window": 3, "text": "state", "rope": "none"},
+        {"window": 3, "variant": "paper"},
+        {"window": 3, "branches": "window"},
+    ],
     "linear": [
         {"feature_map": "relu", "rope": "none", "num_heads": 1, "convolution": 5},
         {"feature_map": "hedgehog", "rope": "after_map", "mlp": 4},
@@ -53,6 +60,8 @@ VARIANTS = {
         {"key_ratio": 0.3, "block_size": 3, "feature_map": "exponential"},
         {"key_ratio": 0.5, "block_size": 2, "variant": "paper"},
         {"key_ratio": 0.2, "block_size": 4, "text": "state"},
+        {"key_ratio": 0.2, "block_size": 3, "branches": "window"},
+        {"block_size": 3, "branches": "linear"},
     ],
 }
 LAYOUTS = [

@@ -7,10 +7,10 @@ from linearize.layout import TILE, Grid, Layout
 from linearize.mixers import AttentionShape, build_mixer
 from linearize.mixers._joint import Tokens
 from linearize.ops import block_sparse
-from linearize.ops.block_sparse import block_sparse_softmax, chosen, merge, select_blocks, square_blocks
+from linearize.ops.block_sparse import block_sparse_softmax, chosen, select_blocks, square_blocks
 from linearize.ops.block_states import mix_block_states
 from linearize.ops.dense_attention import dense_attention
-from linearize.ops.linear_attention import weigh
+from linearize.ops.linear_attention import merge, weigh
 
 LAYOUT = Layout(4, (Grid(9, 14),))
 
@@ -115,6 +115,19 @@ def test_the_cost_is_quadratic_and_near_the_key_ratio():
     assert 0.05 < costs[1] / (4 * 24 * 128 * 512**4) < 0.09
 
 
+def test_either_branch_can_be_turned_off():
+    inputs, context = random_tokens(LAYOUT), flux_context(LAYOUT)
+    knobs = {"key_ratio": 0.2, "block_size": 3, "feature_map": "elu"}
+    tokens = Tokens.of(*inputs, context)
+    linear = build_mixer("sla", SHAPE, {**knobs, "branches": "linear"}).double()
+    assert not linear.sees_exactly(tokens)[LAYOUT.image_slice, LAYOUT.image_slice].any()
+    window = build_mixer("sla", SHAPE, {**knobs, "branches": "window"}).double()
+    expected = dense_attention(*tokens.rotated, tokens.value, scale=context.scale, mask=window.sees_exactly(tokens))
+    torch.testing.assert_close(window(*inputs, context), expected, rtol=1e-12, atol=1e-13)
+    window.calibrate(*inputs, context)
+    assert not [name for name, _ in window.named_parameters() if "log_scale" in name]
+
+
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
@@ -123,6 +136,8 @@ def test_the_cost_is_quadratic_and_near_the_key_ratio():
         ({"block_size": 0}, "block_size=0; choose a whole number, 1 or more"),
         ({"variant": "sla2"}, "variant='sla2'; choose dit or paper"),
         ({"variant": "paper", "text": "state"}, "choose text='exact' or variant='dit'"),
+        ({"variant": "paper", "branches": "linear"}, "choose branches='both' or variant='dit'"),
+        ({"branches": "none"}, "branches='none'; choose both, linear or window"),
     ],
 )
 def test_wrong_knobs_name_the_choices(knobs, words):

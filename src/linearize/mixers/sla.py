@@ -11,8 +11,9 @@ from linearize.errors import LinearizeError
 from linearize.layout import Layout
 from linearize.mixers._joint import FeaturePair, JointMixer, Tokens, check_choice, check_number
 from linearize.mixers._kernel import text_flops
+from linearize.mixers._window import BRANCHES
 from linearize.mixers.base import AttentionShape, MixerContext
-from linearize.ops.block_sparse import block_sparse_softmax, chosen, merge, select_blocks, square_blocks
+from linearize.ops.block_sparse import block_sparse_softmax, chosen, select_blocks, square_blocks
 from linearize.ops.block_states import mix_block_states
 from linearize.ops.feature_maps import build_feature_map
 from linearize.ops.linear_attention import (
@@ -22,6 +23,7 @@ from linearize.ops.linear_attention import (
     join,
     linear_attention_flops,
     mask_keys,
+    merge,
     with_text_queries,
 )
 from linearize.ops.pooling import num_cells
@@ -51,6 +53,7 @@ class SlaMixer(JointMixer):
         shape: Sizes of the layer.
         key_ratio: Share of the blocks of keys that are seen by softmax, above 0 and at most 1.
         block_size: Side of a block in tokens.
+        branches: "both"; or "linear", without selected blocks; or "window", without linear attention.
         feature_map: A name of `linearize.ops.feature_maps`; "paper" has "softmax" whatever this says.
         variant: "dit" or "paper".
         text: "exact" or "state", see `JointMixer`; "paper" has "exact" alone.
@@ -65,24 +68,33 @@ class SlaMixer(JointMixer):
         *,
         key_ratio: float = 0.1,
         block_size: int = 8,
+        branches: str = "both",
         feature_map: str = "polar",
         variant: str = "dit",
         text: str = "exact",
     ) -> None:
         check_number("sla", "block_size", block_size, 1)
+        check_choice("sla", "branches", branches, BRANCHES)
         check_choice("sla", "variant", variant, ("dit", "paper"))
         if isinstance(key_ratio, bool) or not isinstance(key_ratio, int | float) or not 0 < key_ratio <= 1:
             raise LinearizeError(f"mixer 'sla' got key_ratio={key_ratio!r}; choose a share above 0 and at most 1")
-        if variant == "paper" and text == "state":
-            raise LinearizeError(
-                "mixer 'sla' got text='state' with variant='paper'; choose text='exact' or variant='dit'"
-            )
+        for knob, value, only in (("text", text, "exact"), ("branches", branches, "both")):
+            if variant == "paper" and value != only:
+                raise LinearizeError(
+                    f"mixer 'sla' got {knob}={value!r} with variant='paper'; choose {knob}={only!r} or variant='dit'"
+                )
         name = "softmax" if variant == "paper" else feature_map
         features = build_feature_map(name, shape.num_heads, shape.head_dim)
-        super().__init__(shape, "sla", text=text, log_mean_product=features.log_mean_product, has_window=True)
+        text = "exact" if branches == "window" else text
+        super().__init__(
+            shape, "sla", text=text, log_mean_product=features.log_mean_product, has_window=branches == "both"
+        )
+        if variant == "paper" or branches == "window":
+            self.has_log_scale = False
+            del self.log_scale
+        self.branches = branches
         self.key_ratio, self.block_size, self.variant, self.map = key_ratio, block_size, variant, features
         if variant == "paper":
-            del self.log_scale
             self.projection = nn.Linear(shape.head_dim, shape.head_dim)
             nn.init.zeros_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
@@ -95,6 +107,8 @@ class SlaMixer(JointMixer):
 
     def exact_part(self, tokens: Tokens) -> SoftmaxPart | None:
         """See `JointMixer.exact_part`: text, if it is exact, and the selected blocks."""
+        if self.branches == "linear":
+            return super().exact_part(tokens)
         (query, key), image = tokens.rotated, tokens.image
         index, num_blocks, selected = self._selection(tokens)
         sparse = block_sparse_softmax(
@@ -111,6 +125,11 @@ class SlaMixer(JointMixer):
 
     def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
         """See `JointMixer.mix_images`: one state of each block, summed over those that are not selected."""
+        if self.branches == "linear":
+            return super().mix_images(pair, tokens)
+        if self.branches == "window":
+            nothing = torch.zeros_like(tokens.value[:, :, tokens.image])
+            return LinearPart(nothing, nothing[..., :1], nothing.new_zeros(()))
         index, num_blocks, selected = self._selection(tokens)
         value, mask = tokens.value[:, :, tokens.image], tokens.mask_of(tokens.image)
         rest = (~chosen(selected, num_blocks)).to(value.dtype)
@@ -120,10 +139,16 @@ class SlaMixer(JointMixer):
 
     def sees_exactly(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.sees_exactly`."""
+        if self.branches == "linear":
+            return super().sees_exactly(tokens)
         image, (index, num_blocks, selected) = tokens.image, self._selection(tokens)
         seen = super().sees_exactly(tokens).repeat(*selected.shape[:2], 1, 1)
         seen[:, :, image, image] = chosen(selected, num_blocks)[..., index, :][..., index]
         return seen
+
+    def is_not_linear(self, tokens: Tokens, seen: Tensor) -> Tensor:
+        """See `JointMixer.is_not_linear`."""
+        return torch.ones_like(seen) if self.branches == "window" else seen
 
     def mix(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.mix`."""
@@ -156,8 +181,8 @@ class SlaMixer(JointMixer):
         return torch.matmul(softmax, tokens.value) + is_image * self._project(linear)
 
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
-        """See `JointMixer.calibrate`; the paper's form has nothing to calibrate."""
-        if self.variant == "dit":
+        """See `JointMixer.calibrate`; without `log_scale` there is nothing to calibrate."""
+        if self.has_log_scale:
             super().calibrate(query, key, value, context)
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
@@ -165,8 +190,11 @@ class SlaMixer(JointMixer):
         tokens, head_dim, num_features = layout.num_image_tokens, self.shape.head_dim, self.map.num_features
         num_blocks = sum(num_cells(grid, self.block_size) for grid in layout.grids)
         pairs = tokens * min(tokens, self._num_selected(num_blocks) * self.block_size**2)
-        each = 4 * pairs * head_dim + 2 * num_blocks**2 * (head_dim + num_features * (head_dim + 1))
-        each += linear_attention_flops(tokens, tokens, num_features, head_dim)
+        each = 0 if self.branches == "linear" else 4 * pairs * head_dim + 2 * num_blocks**2 * head_dim
+        if self.branches == "both":
+            each += 2 * num_blocks**2 * num_features * (head_dim + 1)
+        if self.branches != "window":
+            each += linear_attention_flops(tokens, tokens, num_features, head_dim)
         each += text_flops(self.text, layout, num_features, head_dim)
         if self.variant == "paper":
             each += 2 * tokens * head_dim**2

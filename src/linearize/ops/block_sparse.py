@@ -119,18 +119,6 @@ def block_sparse_softmax(
     return SoftmaxPart(output, log_mass)
 
 
-def merge(first: SoftmaxPart | None, second: SoftmaxPart) -> SoftmaxPart:
-    """Softmax over the keys of both parts, which have none in common."""
-    if first is None:
-        return second
-    largest = torch.maximum(first.log_mass.detach(), second.log_mass.detach())
-    largest = largest.masked_fill(largest.isinf(), 0.0)
-    masses = (first.log_mass - largest).exp(), (second.log_mass - largest).exp()
-    total, tiny = masses[0] + masses[1], torch.finfo(largest.dtype).tiny
-    output = (masses[0] * first.output + masses[1] * second.output) / total.clamp(min=tiny)
-    return SoftmaxPart(output, torch.where(total > 0, total.clamp(min=tiny).log() + largest, -torch.inf))
-
-
 def _gather(states: Tensor, selected: Tensor) -> Tensor:
     """[batch, heads, blocks, slots, ...] to [batch, heads, query blocks, num_selected x slots, ...]."""
     batch, heads = (torch.arange(size, device=states.device) for size in states.shape[:2])
