@@ -49,6 +49,13 @@ VARIANTS = {
         {"window": 3, "branches": "linear"},
         {"window": 3, "branches": "window"},
     ],
+    "lizard": [
+        {"window": 3, "directions": "rows_and_columns", "width": 5},
+        {"branches": "linear", "rope": "after_map"},
+        {"window": 3, "text": "state", "rope": "none", "num_meta": 0},
+        {"window": 3, "variant": "paper"},
+        {"window": 3, "branches": "window"},
+    ],
     "mhla": [
         {"blocks_per_side": 3, "feature_map": "relu", "rope": "after_map", "shared_mix": True},
         {"blocks_per_side": 2, "feature_map": "elu", "text": "state"},
