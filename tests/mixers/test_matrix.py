@@ -62,6 +62,11 @@ VARIANTS = {
     ],
     "nprf": [{"num_features": 3, "bias_width": 4, "text": "state"}],
     "performer": [{"num_features": 24, "text": "state"}, {"num_features": 40, "variant": "paper"}],
+    "regla": [
+        {"gate": "head", "directions": "rows_and_columns", "rank": 0, "rope": "none"},
+        {"text": "state", "rank": 3},
+        {"variant": "paper"},
+    ],
     "soft": [{"landmarks_per_side": 2}, {"landmarks_per_side": 2, "normalization": "none"}],
     "sla": [
         {"key_ratio": 0.3, "block_size": 3, "feature_map": "exponential"},
