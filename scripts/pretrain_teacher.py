@@ -1,26 +1,17 @@
 """Trains the scenes teacher and its judge: python scripts/pretrain_teacher.py --help."""
 
-from pathlib import Path
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig
-
-from linearize.config import register_resolvers, user_errors
-from linearize.overrides import override_errors
-
-ROOT = Path(__file__).resolve().parents[1]
-register_resolvers(ROOT)
+from linearize.entry import entry_point
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="pretrain")
-def main(cfg: DictConfig) -> None:
-    """Runs the stages named by cfg.stages, or says in one sentence why it cannot."""
-    with user_errors():
-        from linearize.pretrain import pretrain
+@entry_point(__file__, "pretrain")
+def main(cfg: Any) -> None:
+    """Runs the stages named by cfg.stages."""
+    from linearize.pretrain import pretrain
 
-        pretrain(cfg)
+    pretrain(cfg)
 
 
 if __name__ == "__main__":
-    with override_errors(ROOT / "configs", "pretrain"):
-        main()
+    main()

@@ -55,7 +55,7 @@ def _run(task: Callable[[Any], Any], root: Path, config_name: str) -> None:
     @functools.wraps(task)  # Hydra names the job after the script
     def guarded(config: Any) -> Any:
         with user_errors():
-            check_types(config, config_name)
+            check_types(config)
             return task(config)
 
     with override_errors(configs, config_name):

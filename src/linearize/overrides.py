@@ -50,12 +50,11 @@ def override_errors(config_folder: str | Path, config_name: str) -> Iterator[Non
         sys.exit(MISTAKE)
 
 
-def check_types(config: DictConfig, config_name: str) -> None:
+def check_types(config: DictConfig) -> None:
     """Checks that no override puts a text where the config has a number or a switch.
 
     Args:
         config: The composed config of the running job.
-        config_name: The top-level config that it was composed from.
 
     Raises:
         LinearizeError: one does.
@@ -71,7 +70,9 @@ def check_types(config: DictConfig, config_name: str) -> None:
             texts[key] = value
     if not texts or not GlobalHydra.instance().is_initialized():
         return
-    defaults = compose(config_name, overrides=[override for override, key in overrides.items() if key in groups])
+    defaults = compose(
+        running.job.config_name, overrides=[override for override, key in overrides.items() if key in groups]
+    )
     for key, value in texts.items():
         default = OmegaConf.select(defaults, key, throw_on_resolution_failure=False)
         if isinstance(default, bool):
