@@ -17,6 +17,7 @@ from rich.console import Console
 from linearize.config import build_data, build_teacher, plain
 from linearize.costs import Costs
 from linearize.data.datamodule import SampleDataModule
+from linearize.distillation.calibration import calibrate
 from linearize.distillation.callbacks import Checkpointing, Progress
 from linearize.distillation.checkpoint import SafetensorsCheckpointIO, read_checkpoint
 from linearize.distillation.loggers import build_loggers
@@ -74,6 +75,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     with costs.part("samples"):
         data = build_data(cfg, teacher, progress=is_first)
     with costs.part("training"), teacher.resting_encoders():
+        start_errors = calibrate(module, data.first_batch(cfg.calibration_samples)) if checkpoint is None else {}
+        if start_errors and is_first:
+            mean = sum(start_errors.values()) / len(start_errors)
+            _log.info("The layers start at a mean error of %.3g of the teacher's output.", mean)
         metrics, training = fit(cfg, callbacks, data, module, checkpoint)
     if is_first:
         student = finished_student(module, teacher)
@@ -84,7 +89,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         if cfg.export is not None:
             export_run(cfg, teacher, data, student, settings, summary, costs)
         if summary is not None:
-            summary["costs"] = costs.parts
+            summary |= {"costs": costs.parts, "start_errors": start_errors or None}
             write_json(Path(cfg.run_dir) / "summary.json", summary)
         metrics["summary"] = summary
     return metrics

@@ -209,6 +209,11 @@ class SampleDataModule(lightning.LightningDataModule):
         own = [self.val_rows[batch.reshape(world_size, -1)[rank]] for batch in batches]
         return _load(self.store, own, self._num_workers) if own else []
 
+    def first_batch(self, size: int) -> dict[str, Any]:
+        """The first training samples of one layout, at most `size`: the same on every rank."""
+        layouts = self.store.layouts[self.train_rows]
+        return self.store.batch(self.train_rows[layouts == layouts[0]][:size])
+
     def held_out_prompts(self, number: int) -> list[str]:
         """The first held-out prompts, as many as asked for or as there are."""
         return [self.store.row(position)["prompt"] for position in self.val_rows[:number]]
