@@ -133,8 +133,8 @@ def dataset_prompts(*, path: str | None, key: str, split: str, **_: Any) -> Prom
             dataset = datasets.load_dataset(str(local) if local.exists() else path, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise LinearizeError(
-            f"prompts.path={path} with prompts.split={split} does not load as a dataset ({first_sentence(error)}): check the "
-            "name, the split and the network."
+            f"prompts.path={path} with prompts.split={split} does not load as a dataset ({first_sentence(error)}): "
+            "check the name, the split and the network."
         ) from error
     if key not in dataset.column_names:
         raise LinearizeError(f"prompts.key={key} is no column of {path}: use one of {', '.join(dataset.column_names)}.")

@@ -23,8 +23,8 @@ def calibrate(module: DistillationModule, batch: Mapping[str, Any]) -> dict[str,
         batch: Samples of one layout, as training is fed with.
 
     Returns:
-        The start error of each site, calibrated and before any step of training: squared error over squared norm of the layer's output
-        for the teacher's input.
+        The start error of each site, calibrated and before any step of training: squared error over squared norm of
+        the layer's output for the teacher's input.
     """
     names = [name for rule in module.identity["plan"] for name in rule["layers"]]
     teacher_sites, sites = module.backbone.sites(module.teacher), module.backbone.sites(module.student)

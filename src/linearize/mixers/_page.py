@@ -11,8 +11,8 @@ from linearize.mixers import mixer_class, mixer_defaults, mixer_names
 
 _HEADER = """# Mixers
 
-Generated from the docstrings by `python scripts/document_mixers.py`. Choose one with `python train.py mixer=<name>`; its
-arguments are keys of the command line, such as `window=16`.
+Generated from the docstrings by `python scripts/document_mixers.py`. Choose one with `python train.py mixer=<name>`;
+its arguments are keys of the command line, such as `window=16`.
 """
 
 
