@@ -23,6 +23,7 @@ from linearize.entry import INTERRUPTED, MISTAKE
 from linearize.errors import LinearizeError
 from linearize.extras import describe_missing
 from linearize.files import first_sentence, refused_write
+from linearize.processes import process_place
 from linearize.teachers import Teacher, load_teacher
 
 if TYPE_CHECKING:
@@ -90,11 +91,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def under_root(root: str | Path, path: str | Path | None) -> Path | None:
     """A path of a config: relative ones are meant from the project root."""
     return None if path is None else Path(root) / Path(path).expanduser()
-
-
-def process_place() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def build_teacher(config: DictConfig) -> Teacher:

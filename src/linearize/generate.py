@@ -7,11 +7,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from linearize.config import build_prompts, build_teacher, plain, process_place, under_root
+from linearize.config import build_prompts, build_teacher, plain, under_root
 from linearize.data.generation import generate_samples
 from linearize.data.settings import GenerationSettings, require_positive
 from linearize.data.shards import shard_ranges
 from linearize.errors import LinearizeError
+from linearize.processes import process_place
 
 
 def _out_folder(config: DictConfig) -> Path:

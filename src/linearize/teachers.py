@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import inspect
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from linearize.errors import LinearizeError
 from linearize.files import first_sentence, read_json_object, weight_hash
 from linearize.hub import fetch_index, fetch_pipeline
 from linearize.pipeline_folder import check_libraries, check_pipeline_files
+from linearize.processes import local_rank
 
 COMPONENT_LIBRARIES = ("diffusers", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,13 +153,9 @@ def load_teacher(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is the GPU of this process (LOCAL_RANK) if there is one, else the CPU."""
+    """The device of a name; "auto" is the GPU of this process if there is one, else the CPU."""
     if device == "auto":
-        return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         place = torch.device(device)
     except RuntimeError as error:

@@ -1,7 +1,6 @@
 """Distils a student from a teacher, from the config to the exported folder: what train.py calls."""
 
 import logging
-import os
 import time
 import warnings
 from functools import partial
@@ -29,6 +28,7 @@ from linearize.evaluation.settings import EvaluationSettings
 from linearize.export import FORMS
 from linearize.files import write_json
 from linearize.outcome import evaluate_run, export_run, finished_student, load_judge
+from linearize.processes import is_first_process
 from linearize.surgery import share_student, surgery_report
 from linearize.teachers import Teacher
 
@@ -67,7 +67,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         module = build_module(cfg, teacher, stages, rules)
         if checkpoint is not None:
             check_checkpoint(module, read_checkpoint(checkpoint, shapes_only=True))
-    is_first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+    is_first = is_first_process()
     if is_first:
         Console().print(str(surgery_report(module.student)), highlight=False, soft_wrap=True)
     # Whatever can be wrong is built before hours of work begin.
