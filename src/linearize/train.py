@@ -35,7 +35,7 @@ from linearize.teachers import Teacher
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 # From this width on cuDNN's attention is safe to train with; below it gave NaN (torch 2.11).
 _CUDNN_HEAD_DIM = 64
-# FLUX.1-dev's activations alone fill an 80 GB card.
+# Above this, between the scenes teacher and FLUX.1-dev, activations are taken to be too large to keep.
 _CHECKPOINTED_PARAMETERS = 2_000_000_000
 _log = logging.getLogger(__name__)
 

@@ -71,7 +71,7 @@ class AutoencoderStage(Stage):
 
 @torch.no_grad()
 def quiet_posterior(autoencoder: AutoencoderKL, log_variance: float = -4.0) -> None:
-    """Starts the posterior narrow: at unit variance its noise drowns the latents for the first hundreds of steps."""
+    """Starts the posterior narrow, so that its noise does not hide the latents while they are still small."""
     output = autoencoder.encoder.conv_out
     output.weight[autoencoder.config.latent_channels :] = 0
     output.bias[autoencoder.config.latent_channels :] = log_variance

@@ -66,7 +66,7 @@ class TeacherStage(Stage):
 
     A linear read-out of the double-stream blocks' image tokens also predicts shape, colour and texture of the object
     that each token belongs to: a representation loss (compare REPA, Yu et al., 2025) with the renderer as its oracle.
-    It makes captions bind to places early, and is dropped afterwards.
+    It is meant to make captions bind to places early (its part was not measured alone), and is dropped afterwards.
 
     With ``guidance`` the target is the guided velocity of a frozen copy of the teacher, with the guidance scale drawn
     at random and given to the guidance embedding (guidance distillation, Meng et al., 2023), as in FLUX.1-dev.
