@@ -12,6 +12,21 @@ from linearize.layout import TILE, Grid
 
 
 @dataclass(frozen=True)
+class Boxes:
+    """Rectangles of tokens, each in some grid.
+
+    Attributes:
+        first: [boxes, 2] first row and column.
+        last: [boxes, 2] last row and column.
+        grid: [boxes, 2] height and width of the grid.
+    """
+
+    first: Tensor
+    last: Tensor
+    grid: Tensor
+
+
+@dataclass(frozen=True)
 class Region:
     """A rule of sight on token grids; places are (row, column), counted from each grid's own corner.
 
@@ -41,6 +56,15 @@ class Region:
         """
         raise NotImplementedError
 
+    def box_sight(self, queries: Boxes, keys: Boxes) -> tuple[Tensor, Tensor]:
+        """Where some query of a box may see a key of another, and where every query sees every key.
+
+        Returns:
+            Two [query boxes, key boxes] bools. The first is never too small and the second never too large, so that
+            what lies between needs a mask; for boxes within a tile both are exact.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Disc(Region):
@@ -53,6 +77,15 @@ class Disc(Region):
     def sees(self, queries: Tensor, keys: Tensor, grid: Grid, key_grid: Grid) -> Tensor:
         """See `Region.sees`."""
         return (queries[:, None] - keys).square().sum(dim=-1) < self.window**2
+
+    def box_sight(self, queries: Boxes, keys: Boxes) -> tuple[Tensor, Tensor]:
+        """See `Region.box_sight`."""
+        ahead, behind = keys.first - queries.last[:, None], queries.first[:, None] - keys.last
+        farthest = torch.maximum(keys.last - queries.first[:, None], queries.last[:, None] - keys.first)
+        return self._within(torch.maximum(ahead, behind).clamp(min=0)), self._within(farthest)
+
+    def _within(self, distance: Tensor) -> Tensor:
+        return distance.square().sum(dim=-1) < self.window**2
 
 
 @dataclass(frozen=True)
@@ -76,6 +109,14 @@ class TouchedTiles(Region):
         gap = torch.maximum(key_first - query_last[:, None], query_first[:, None] - key_last).clamp(min=0)
         return gap.square().sum(dim=-1) < self.window**2
 
+    def box_sight(self, queries: Boxes, keys: Boxes) -> tuple[Tensor, Tensor]:
+        """See `Region.box_sight`."""
+        (first, first_end), (last, last_end) = (_bounds(place, queries.grid) for place in (queries.first, queries.last))
+        (top, top_end), (bottom, bottom_end) = (_bounds(place, keys.grid) for place in (keys.first, keys.last))
+        nearest = torch.maximum(top - last_end[:, None], first[:, None] - bottom_end).clamp(min=0)
+        farthest = torch.maximum(bottom - first_end[:, None], last[:, None] - top_end).clamp(min=0)
+        return tuple(gap.square().sum(dim=-1) < self.window**2 for gap in (nearest, farthest))
+
 
 @dataclass(frozen=True)
 class Neighborhood(Region):
@@ -92,10 +133,21 @@ class Neighborhood(Region):
 
     def sees(self, queries: Tensor, keys: Tensor, grid: Grid, key_grid: Grid) -> Tensor:
         """See `Region.sees`."""
-        shape = torch.tensor([key_grid.height, key_grid.width])
+        shape = torch.tensor([key_grid.height, key_grid.width], device=keys.device)
         size = shape.clamp(max=2 * self.window - 1)
         start = torch.minimum((queries - self.window + 1).clamp(min=0), shape - size)[:, None]
         return ((keys >= start) & (keys < start + size)).all(dim=-1)
+
+    def box_sight(self, queries: Boxes, keys: Boxes) -> tuple[Tensor, Tensor]:
+        """See `Region.box_sight`."""
+        size = keys.grid.clamp(max=2 * self.window - 1)
+        first, last = (
+            torch.minimum((place[:, None] - self.window + 1).clamp(min=0), keys.grid - size)
+            for place in (queries.first, queries.last)
+        )
+        touches = (keys.last >= first) & (keys.first < last + size)
+        covers = (keys.first >= last) & (keys.last < first + size)
+        return touches.all(dim=-1), covers.all(dim=-1)
 
 
 REGIONS: dict[str, Callable[[int], Region]] = {"disc": Disc, "tiles": TouchedTiles, "neighborhood": Neighborhood}
@@ -103,6 +155,11 @@ REGIONS: dict[str, Callable[[int], Region]] = {"disc": Disc, "tiles": TouchedTil
 
 def _tile_bounds(places: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """First and last (row, column) of the tile that each place lies in, [places, 2] each."""
-    size = torch.tensor(TILE)
+    return _bounds(places, torch.tensor([grid.height, grid.width], device=places.device))
+
+
+def _bounds(places: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with [2] or [places, 2] heights and widths."""
+    size = torch.tensor(TILE, device=places.device)
     first = places // size * size
-    return first, torch.minimum(first + size, torch.tensor([grid.height, grid.width])) - 1
+    return first, torch.minimum(first + size, grid) - 1
