@@ -159,9 +159,11 @@ class JointMixer(Mixer):
 
     Attributes:
         has_normaliser: Whether weights are divided by their sum; only text="state" can do without.
+        keeps_largest: Whether the softmax part keeps each query's largest score, which takes memory for all scores.
     """
 
     has_normaliser: bool = True
+    keeps_largest: bool = False
 
     def __init__(
         self, shape: AttentionShape, name: str, *, text: str, log_mean_product: float, has_window: bool = False
@@ -198,13 +200,14 @@ class JointMixer(Mixer):
         """What image tokens see by softmax, if anything."""
         if self.text == "state":
             return None
-        query, key = tokens.rotated
+        query, key, value = tokens.given_rotated
         return softmax_part(
             query[:, :, tokens.image],
-            key[:, :, tokens.text],
-            tokens.value[:, :, tokens.text],
+            match_heads(key[:, :, tokens.text], query),
+            match_heads(value[:, :, tokens.text], query),
             scale=tokens.context.scale,
             key_mask=tokens.mask_of(tokens.text),
+            keep_largest=self.keeps_largest,
         )
 
     def image_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:

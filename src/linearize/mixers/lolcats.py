@@ -90,7 +90,7 @@ class LolcatsMixer(JointMixer):
         self.window, self.branches, self.rope = window, branches, rope
         if branches != "window":
             self.query_map, self.key_map = maps
-        self.is_paper = is_paper
+        self.is_paper = self.keeps_largest = is_paper
         if is_paper:
             self.window_factor = nn.Parameter(torch.full((shape.num_heads,), WINDOW_FACTOR))
 

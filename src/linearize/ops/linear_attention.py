@@ -11,6 +11,7 @@ from torch import Tensor
 from linearize.layout import Layout
 from linearize.ops.feature_maps import Features
 from linearize.ops.precision import widen
+from linearize.ops.softmax_mass import softmax_with_mass
 
 
 class LinearPart(NamedTuple):
@@ -86,7 +87,13 @@ def dense_linear_weights(
 
 
 def softmax_part(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, key_mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    keep_largest: bool = False,
 ) -> SoftmaxPart | None:
     """Softmax attention with its mass over few keys, such as the text; None where there is no key at all.
 
@@ -96,9 +103,12 @@ def softmax_part(
         value: Same as key.
         scale: Softmax scale.
         key_mask: [batch, keys], True where a key is valid.
+        keep_largest: Keep the largest score of each query; all scores are in memory then.
     """
     if key.shape[-2] == 0:
         return None
+    if not keep_largest:
+        return SoftmaxPart(*softmax_with_mass(query, key, value, scale=scale, key_mask=key_mask))
     scores = widen(query) @ widen(key).transpose(-1, -2) * scale
     return weigh(scores, widen(value), None if key_mask is None else key_mask[:, None, None])
 
