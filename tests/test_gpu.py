@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from linearize.benchmark.attention import PARITY, LayerSizes, check_parity
-from linearize.ops.local_attention import BACKENDS
 from linearize.teachers import load_teacher
 from linearize.train import train
 from runs import compose_train, tiny_overrides
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("dtype", list(PARITY), ids=str)
 @pytest.mark.parametrize("window", [4, 16])
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["auto", "naive", "halo"])
 def test_local_attention_computes_its_definition(backend, window, dtype):
     sizes = LayerSizes(4, 64, 33, 2, dtype, torch.device("cuda"), warmup=0, repeats=1)
     assert check_parity(sizes, window, backend) <= PARITY[dtype]

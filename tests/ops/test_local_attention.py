@@ -8,7 +8,8 @@ from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.ops.disc import coordinates, disc_covers, exact_pairs
 from linearize.ops.halo_tables import seen_pairs, visited_pairs
-from linearize.ops.local_attention import dense_sight, local_attention
+from linearize.ops.local_attention import local_attention
+from linearize.ops.naive import dense_sight
 from linearize.ops.regions import REGIONS, Disc, Neighborhood, TouchedTiles
 
 sizes = st.integers(1, 21)
@@ -173,7 +174,7 @@ def test_halo_visits_at_most_two_and_a_half_times_the_exact_pairs(grid, window):
     ("arguments", "message"),
     [
         ({"window": 0}, "radius in tokens"),
-        ({"backend": "fast"}, "auto, naive, halo"),
+        ({"backend": "fast"}, "auto, naive, dense, halo"),
         ({"region": "cross"}, "disc, tiles, neighborhood"),
         ({"num_text_tokens": 3}, "12 tokens are not 3 text tokens and a grid of 3x4"),
         ({"grid": Grid(2, 3, frames=2)}, "2 frames"),
