@@ -11,18 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 from linearize.benchmark.attention import LayerSizes, attention_rows
+from linearize.benchmark.mixers import MixerSettings, mixer_rows
 from linearize.benchmark.model import ModelSettings, model_rows
 from linearize.benchmark.plot import plot_attention
 from linearize.config import build_teacher, plain
 from linearize.evaluation.environment import command, machine, versions
 from linearize.evaluation.tables import markdown_table
 from linearize.files import write_json, write_text
+from linearize.mixers import mixer_names
 from linearize.teachers import resolve_device, resolve_dtype
 
 # column of the table -> (field of a row, its factor)
 _COLUMNS = {
     "kernel": ("kernel", None),
     "model": ("model", None),
+    "mixer": ("mixer", None),
     "side": ("side", None),
     "pixels": ("size", None),
     "pass": ("pass", None),
@@ -34,6 +37,9 @@ _COLUMNS = {
     "visited / exact": ("visited_over_exact", 1),
     "ps / pair": ("picoseconds_per_visited_pair", 1),
     "attention GFLOPs": ("attention_gflops", 1),
+    "samples / s": ("samples_per_second", 1),
+    "parity error": ("parity_error", 1),
+    "error": ("error", None),
 }
 
 
@@ -47,7 +53,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         LinearizeError: A setting is unknown, or a backend fails the parity check.
     """
     device = resolve_device(cfg.device)
-    rows = list(_shown(_attention(cfg, device) if cfg.suite == "attention" else _model(cfg)))
+    rows = list(_shown(_LAYER_SUITES.get(cfg.suite, _model)(cfg, device)))
     result = {
         "suite": cfg.suite,
         "rows": rows,
@@ -56,7 +62,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         "versions": versions(),
         "commit": _commit(Path(cfg.root)),
         "command": command(),
-        "settings": plain(cfg[cfg.suite] if cfg.suite == "attention" else cfg.model),
+        "settings": plain(cfg[cfg.suite] if cfg.suite in _LAYER_SUITES else cfg.model),
     }
     out = Path(cfg.out)
     write_json(out.with_suffix(".json"), result)
@@ -87,11 +93,20 @@ def _attention(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]
     return attention_rows(LayerSizes(**settings, dtype=dtype, device=device), **axes)
 
 
-def _model(cfg: DictConfig) -> Iterator[dict[str, Any]]:
+def _mixers(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+    settings = plain(cfg.mixers)
+    return mixer_rows(build_teacher(cfg), settings.pop("names") or mixer_names(), MixerSettings(**settings))
+
+
+def _model(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
     settings = plain(cfg.model)
     sizes, mixers = settings.pop("sizes"), settings.pop("mixers")
     plans = {name: [{"layers": "*", **rule}] for name, rule in mixers.items()}
     return model_rows(build_teacher(cfg), ModelSettings(**settings), kind=cfg.suite, sizes=sizes, plans=plans)
+
+
+# What has settings of its own; every other suite measures whole models.
+_LAYER_SUITES = {"attention": _attention, "mixers": _mixers}
 
 
 def _shown(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

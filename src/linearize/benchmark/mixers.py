@@ -1,0 +1,170 @@
+"""Every mixer in the teacher's own attention layer: the time of its forward pass, and of a training step with it."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.benchmark.attention import PARITY
+from linearize.benchmark.model import ModelSettings, model_rows
+from linearize.benchmark.timing import measure
+from linearize.errors import LinearizeError
+from linearize.files import first_sentence
+from linearize.mixers import Mixer, MixerContext, mixer_defaults
+from linearize.surgery import share_student, trained_parameters
+from linearize.teachers import Teacher
+
+DENSE = "softmax"
+_SIGMA, _GUIDANCE = 0.5, 3.5
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerSettings:
+    """What is measured.
+
+    Attributes:
+        sizes: Sides of square pictures in pixels, for the forward pass of one layer, one picture at a time.
+        probe: Height and width in pixels of the picture on which forward is compared with its definition.
+        max_sequence_length: Text tokens.
+        train_batch: Pictures in a training step; 0 measures none.
+        train_size: Their side in pixels.
+        warmup: Calls before the clock starts.
+        repeats: Timed calls.
+    """
+
+    sizes: Sequence[int]
+    probe: tuple[int, int]
+    max_sequence_length: int
+    train_batch: int
+    train_size: int
+    warmup: int
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """What a layer's mixer was called with: query, key and value [1, heads, tokens, head_dim], and their context."""
+
+    mixer: Mixer
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    context: MixerContext
+
+    def forward(self) -> Tensor:
+        """Calls the mixer again."""
+        return self.mixer(self.query, self.key, self.value, self.context)
+
+    def reference(self) -> Tensor:
+        """The mixer's definition of the same numbers in float64, but for the rotation, which has its own width."""
+        inputs = self.context.hidden_states
+        context = dataclasses.replace(self.context, hidden_states=None if inputs is None else inputs.double())
+        query, key, value = (states.double() for states in (self.query, self.key, self.value))
+        return copy.deepcopy(self.mixer).double().reference(query, key, value, context)
+
+
+def mixer_rows(teacher: Teacher, names: Sequence[str], settings: MixerSettings) -> Iterator[dict[str, Any]]:
+    """Measures mixers with their defaults, softmax attention first.
+
+    Forward is timed on query, key and value of the teacher's first layer, in the teacher's dtype, without the layer's
+    projections. A mixer that fails has a row with `error`, and the others are measured all the same.
+
+    Args:
+        teacher: The teacher.
+        names: Mixers.
+        settings: How.
+
+    Yields:
+        A row for each mixer and size ("pass": "forward"), with `ratio_to_dense`, then one of its training step
+        ("train_step": forward of teacher and student, backward and optimizer) with `samples_per_second`.
+    """
+    dense: dict[int, float] = {}
+    for name in [DENSE, *(name for name in names if name != DENSE)]:
+        try:
+            for row in _rows(teacher, name, settings):
+                if name == DENSE and row["pass"] == "forward":
+                    dense[row["size"]] = row["median_seconds"]
+                if row["pass"] == "forward" and row["size"] in dense:
+                    row["ratio_to_dense"] = dense[row["size"]] / row["median_seconds"]
+                yield {"mixer": name, "arguments": mixer_defaults(name), **row}
+        except Exception as error:  # of any kernel: its failure is this mixer's result
+            yield {"mixer": name, "arguments": mixer_defaults(name), "error": first_sentence(error)}
+
+
+def parity_error(call: LayerCall) -> float:
+    """|forward - reference| / |reference|, the reference in float64.
+
+    Raises:
+        LinearizeError: It is above what the dtype's rounding explains.
+    """
+    with torch.no_grad():
+        expected = call.reference()
+        error = ((call.forward().double() - expected).norm() / expected.norm()).item()
+    limit = PARITY[call.query.dtype]
+    if not error <= limit:
+        raise LinearizeError(
+            f"forward is off by {error:.2g} from the definition in {call.query.dtype} (at most {limit:.0e} is rounding)"
+        )
+    return error
+
+
+def layer_call(teacher: Teacher, student: nn.Module, height: int, width: int, num_text_tokens: int) -> LayerCall:
+    """What the mixer of a student's first layer is called with when it paints a picture of this size."""
+    site = next(iter(teacher.backbone.sites(student).values()))
+    mixer: Any = site.mixer
+    calls: list[LayerCall] = []
+    handle = mixer.register_forward_pre_hook(lambda module, arguments: calls.append(LayerCall(module, *arguments)))
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, *teacher.backbone.latent_shape(teacher.pipeline, height, width))
+    conditioning: dict[str, Any] = teacher.encode(["a picture"], num_text_tokens)
+    device = conditioning["prompt_embeds"].device
+    conditioning["guidance"] = torch.full((1,), _GUIDANCE, device=device)
+    latents = torch.randn(shape, generator=generator).to(device)
+    try:
+        with torch.no_grad():
+            teacher.backbone.predict(student, latents, torch.full((1,), _SIGMA, device=device), conditioning)
+    finally:
+        handle.remove()
+    return calls[0]
+
+
+def _rows(teacher: Teacher, name: str, settings: MixerSettings) -> Iterator[dict[str, Any]]:
+    plan, device = [{"layers": "*", "mixer": name}], teacher.pipeline.transformer.device
+    student = share_student(teacher.pipeline.transformer, plan)
+    for parameter in trained_parameters(student).values():
+        parameter.data = parameter.data.to(teacher.pipeline.transformer.dtype)
+    error = parity_error(layer_call(teacher, student, *settings.probe, settings.max_sequence_length))
+    for size in settings.sizes:
+        call = layer_call(teacher, student, size, size, settings.max_sequence_length)
+        with torch.no_grad():
+            timing = measure(call.forward, device, warmup=settings.warmup, repeats=settings.repeats)
+        yield {
+            "pass": "forward",
+            "size": size,
+            "side": call.context.layout.grids[0].height,
+            "parity_error": error,
+            "parameters": sum(parameter.numel() for parameter in call.mixer.parameters()),
+            **timing.as_dict(),
+        }
+    del student
+    if settings.train_batch:
+        yield _train_step(teacher, plan, settings)
+
+
+def _train_step(teacher: Teacher, plan: list[dict[str, Any]], settings: MixerSettings) -> dict[str, Any]:
+    batch = settings.train_batch
+    measured = ModelSettings(
+        batch=batch,
+        max_sequence_length=settings.max_sequence_length,
+        num_inference_steps=1,
+        warmup=settings.warmup,
+        repeats=settings.repeats,
+    )
+    rows = model_rows(teacher, measured, kind="train_step", sizes=[settings.train_size], plans={"student": plan})
+    row = next(row for row in rows if row["model"] == "student")
+    kept = ("size", "median_seconds", "min_seconds", "max_seconds", "repeats", "peak_memory_gib")
+    timing = {key: row[key] for key in kept}
+    return {"pass": "train_step", **timing, "batch": batch, "samples_per_second": batch / row["median_seconds"]}

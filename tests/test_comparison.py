@@ -1,0 +1,143 @@
+"""From one sweep command over mixers to the table: the launcher, the collection of runs, the page."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from linearize.benchmark.runner import benchmark
+from linearize.config import register_resolvers
+from linearize.errors import LinearizeError
+from linearize.evaluation.comparison import compare_runs
+from linearize.mixers import mixer_names
+from runs import ROOT, tiny_overrides
+
+SWEEP = ("-m", "experiment=scenes_mixers", "sweep=mixers", "launcher=processes", "hydra.launcher.jobs_per_device=3")
+
+
+def python(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    tiny = [one for one in tiny_overrides(tiny_flux_folder, tmp_path_factory.mktemp("cache")) if "window" not in one]
+    return [*SWEEP, *tiny, "stages.transfer=2", "evaluation.sigmas=[0.5]", "hydra.sweep.dir=sweep"]
+
+
+@pytest.fixture(scope="module")
+def swept(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a sweep and what it printed; soft has more landmarks than this picture has tokens."""
+    cwd = tmp_path_factory.mktemp("swept")
+    done = python("train.py", *arguments, "mixer=linear,mhla,soft", cwd=cwd)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return cwd / "sweep", done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def speed(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `scripts/benchmark.py suite=mixers` writes about two mixers."""
+    out = tmp_path_factory.mktemp("speed") / "mixers"
+    sizes = ("sizes=[64,96]", "probe=[112,208]", "train_batch=2", "train_size=64", "warmup=0", "repeats=1")
+    overrides = [f"mixers.{one}" for one in ("names=[linear,soft]", *sizes)]
+    register_resolvers(ROOT)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose(
+            "benchmark", ["suite=mixers", f"teacher.path={tiny_flux_folder}", "device=cpu", f"out={out}", *overrides]
+        )
+    cfg.teacher.device, cfg.teacher.dtype = "cpu", "bfloat16"
+    benchmark(cfg)
+    return out.with_suffix(".json")
+
+
+def test_the_sweep_takes_every_mixer_but_softmax() -> None:
+    params = OmegaConf.load(ROOT / "configs" / "sweep" / "mixers.yaml").hydra.sweeper.params
+    register_resolvers(ROOT)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        (override,) = parser.parse_overrides([f"mixer={params.mixer}"])
+        assert list(override.sweep_string_iterator()) == [name for name in mixer_names() if name != "softmax"]
+
+
+def test_a_job_that_fails_is_told_and_stops_no_other(swept: tuple[Path, str]) -> None:
+    folder, output = swept
+    for name in ("linear", "mhla"):
+        assert json.loads((folder / name / "job.json").read_text())["exit_code"] == 0
+        assert (folder / name / "summary.json").is_file()
+    record = json.loads((folder / "soft" / "job.json").read_text())
+    assert record["exit_code"] == 2 and "landmarks" in record["error"]
+    assert "error: 1 of 3 jobs failed" in output and f"mixer=soft: {record['error']}" in output
+
+
+def test_the_same_command_goes_on_with_what_is_not_done(arguments: list[str], swept: tuple[Path, str]) -> None:
+    folder, _ = swept
+    before = (folder / "linear" / "summary.json").stat().st_mtime_ns
+    done = python("train.py", *arguments, "mixer=linear,mhla", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 jobs are done already" in done.stdout
+    assert (folder / "linear" / "summary.json").stat().st_mtime_ns == before
+
+
+def test_every_mixer_is_timed_after_it_was_compared_with_its_definition(speed: Path) -> None:
+    rows = json.loads(speed.read_text())["rows"]
+    forward = [row for row in rows if row.get("pass") == "forward"]
+    assert [(row["mixer"], row["side"]) for row in forward] == [
+        (name, side) for name in ("softmax", "linear", "soft") for side in (8, 12)
+    ]
+    for row in forward:
+        dense = next(one for one in forward if one["side"] == row["side"])
+        assert 0 < row["parity_error"] < 2e-2
+        assert row["ratio_to_dense"] == pytest.approx(dense["median_seconds"] / row["median_seconds"])
+    steps = [row for row in rows if row.get("pass") == "train_step"]
+    assert [row["mixer"] for row in steps] == ["softmax", "linear", "soft"]
+    assert all(row["samples_per_second"] == pytest.approx(2 / row["median_seconds"]) for row in steps)
+    assert "| soft |" in speed.with_suffix(".md").read_text()
+
+
+def test_the_runs_become_a_table_with_its_sources(swept: tuple[Path, str], speed: Path, tmp_path: Path) -> None:
+    folder, _ = swept
+    done = python("scripts/report.py", str(tmp_path), "--compare", str(folder), "--speed", str(speed), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    comparison = json.loads((tmp_path / "sweep.json").read_text())
+    trained, failed = comparison["rows"][:2], comparison["rows"][2]
+    assert {row["name"] for row in trained} == {"linear", "mhla"} and failed["name"] == "soft"
+    assert trained[0]["velocity_error"] <= trained[1]["velocity_error"]
+    for row in trained:
+        summary = json.loads((folder / row["name"] / "summary.json").read_text())
+        assert row["velocity_error"] == summary["student"]["velocity_error"]
+        assert row["start_error"] == pytest.approx(sum(summary["start_errors"].values()) / 4)
+        assert set(row["forward_seconds"]) == ({"8", "12"} if row["name"] == "linear" else set())
+    page = (tmp_path / "sweep.md").read_text()
+    command = "python train.py -m experiment=scenes_mixers sweep=mixers launcher=processes"
+    for part in (command, "6 steps of 4 samples", "| 8 x 8, ms | 12 x 12, ms |", f"- soft failed: {failed['error']}"):
+        assert part in page
+    assert page.count("\n| linear |") == 2 and page.count("\n| mhla |") == 2 and "up to 3 at a time" in page
+
+
+def _write_run(folder: Path, mixer: str, **config: Any) -> None:
+    (folder / mixer / ".hydra").mkdir(parents=True)
+    content = {"mixer": {"name": mixer, "window": 8}, "window": 8, "trainer": {"max_steps": 6}, **config}
+    OmegaConf.save(OmegaConf.create(content), folder / mixer / ".hydra" / "config.yaml")
+    (folder / mixer / "summary.json").write_text("{}")
+
+
+def test_runs_with_other_budgets_are_not_compared(tmp_path: Path) -> None:
+    with pytest.raises(LinearizeError, match=r"holds no <run>/summary\.json"):
+        compare_runs(tmp_path)
+    _write_run(tmp_path, "clear", seed=0)
+    _write_run(tmp_path, "lolcats", seed=1)
+    with pytest.raises(LinearizeError, match=r"clear and lolcats are not comparable, .* has seed=0 and 1"):
+        compare_runs(tmp_path)
+    (tmp_path / "clear" / ".hydra" / "config.yaml").unlink()
+    with pytest.raises(LinearizeError, match=r"clear has no \.hydra/config\.yaml"):
+        compare_runs(tmp_path)
