@@ -22,6 +22,7 @@ VARIANTS = {
         {"feature_map": "exponential", "text": "state"},
         {"variant": "paper", "rank": 3},
     ],
+    "groupmamba": [{"text": "state"}, {"variant": "paper"}],
     "lawcat": [
         {"window": 3, "directions": "rows_and_columns", "rank": 2},
         {"branches": "linear", "rope": "after_map", "convolution": 5, "rank": 0},

@@ -72,7 +72,7 @@ class Mixer(nn.Module):
 
     token_order: str = "any"
     trained_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out")
-    uses_hidden_states: ClassVar[bool] = False
+    uses_hidden_states: bool = False
     uses_timestep_embedding: ClassVar[bool] = False
     is_softmax_when_covered: ClassVar[bool] = False
 

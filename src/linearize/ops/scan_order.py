@@ -34,3 +34,33 @@ def scan_order(layout: Layout, direction: str, device: torch.device) -> tuple[Te
                 ]
             )
         return order.to(device), order.argsort().to(device)
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+def cross_scan(layout: Layout, with_text: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index [4, length] from the layout's order to four scans, and [4, tokens] back. Not to be written to.
+
+    The scans go row by row, column by column, and the same ways backwards. Without text they hold the image tokens,
+    length is their number, and indices are places among them. With text indices are places among all tokens, and the
+    text stands on both sides of the picture: in front of it, so that its state is carried into the picture, and behind
+    it, where it reads what the picture left.
+
+    Args:
+        layout: Where the tokens are.
+        with_text: Whether the text is scanned, too.
+        device: Where the indices are needed.
+    """
+    with torch.inference_mode(False):
+        host = torch.device("cpu")
+        ahead = [scan_order(layout, direction, host)[0] for direction in ("rows", "columns")]
+        orders = torch.stack([*ahead, *(order.flip(0) for order in ahead)])
+        back = orders.argsort(dim=1)
+        if with_text:
+            text = torch.arange(layout.num_text_tokens, device=host)
+            places = (text + layout.text_slice.start).expand(4, -1)
+            orders = torch.cat([places, orders + layout.image_slice.start, places], dim=1)
+            behind = (text + layout.num_tokens).expand(4, -1)
+            parts = [behind, back + layout.num_text_tokens]
+            back = torch.cat(parts if layout.text_first else parts[::-1], dim=1)
+        return orders.to(device), back.to(device)
