@@ -10,7 +10,7 @@ from linearize.errors import LinearizeError
 EXTRAS = {
     "train": (
         *("lightning", "hydra", "omegaconf", "datasets", "pyarrow"),
-        *("torchmetrics", "wandb", "tensorboard", "matplotlib", "rich"),
+        *("torchmetrics", "wandb", "tensorboard", "matplotlib", "rich", "peft"),
     ),
     "eval": ("torchvision", "torch_fidelity"),
     "flash": ("flash_attn",),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from linearize.adapters import merge_lora
 from linearize.costs import Costs
 from linearize.data.datamodule import SampleDataModule
 from linearize.data.prompts import ScenePrompts
@@ -17,15 +18,17 @@ from linearize.evaluation.summary import summarize_run
 from linearize.export import export_student
 from linearize.reload import check_reload
 from linearize.scenes.judge import Judge
+from linearize.surgery import trained_parameters
 from linearize.teachers import Teacher
 
 _log = logging.getLogger(__name__)
 
 
 def finished_student(module: DistillationModule, teacher: Teacher) -> torch.nn.Module:
-    """The student as it is exported: averaged weights, in the teacher's dtype, on the teacher's device."""
+    """The student as it is exported: averaged weights, adapters merged, the teacher's dtype and device."""
     module.ema.swap()
-    for parameter in module.trained.values():
+    merge_lora(module.student)
+    for parameter in trained_parameters(module.student).values():
         parameter.data = parameter.data.to(teacher.pipeline.transformer.dtype)
         parameter.grad = None
     device = teacher.pipeline.vae.device

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from linearize.adapters import LoraSettings, add_lora, has_adapters, is_adapter_parameter
 from linearize.backbones import Backbone, find_backbone
 from linearize.backbones.plan import Plan, planned_sites
 from linearize.errors import LinearizeError
@@ -162,22 +163,53 @@ def match_layers(globs: Sequence[str], site_names: Sequence[str]) -> list[str]:
 def trained_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
     """What distillation trains: in every planned site the mixer's parameters and the projections that it names.
 
+    Where there are adapters, they train in the place of the projections.
+
     Raises:
         LinearizeError: The transformer is not linearized.
     """
     plan = cast(Mapping[str, Any], getattr(student, "config", {})).get("linearize_plan")
     if plan is None:
         raise LinearizeError(f"{type(student).__name__} is not linearized; call linearize.linearize() on it first")
+    sites, adapted = find_backbone(student).sites(student), has_adapters(student)
+    return {
+        f"{name}.{key}": value
+        for name in planned_sites(plan)
+        for key, value in _trained_in(sites[name], adapted=adapted).items()
+    }
+
+
+def is_mixer_parameter(name: str) -> bool:
+    """Whether one of `trained_parameters` belongs to a mixer, and not to a projection of the teacher's."""
+    return ".mixer." in name
+
+
+def _trained_in(site: nn.Module, *, adapted: bool) -> dict[str, nn.Parameter]:
+    projections = cast(Mixer, site.mixer).trained_projections
+    return {
+        name: value
+        for name, value in site.named_parameters()
+        if (owner := name.partition(".")[0]) == "mixer"
+        or (owner in projections and (not adapted or is_adapter_parameter(name)))
+    }
+
+
+def _projections(student: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The linear layers among `targets` that the mixers of a student train, by name."""
+    plan = cast(Mapping[str, Any], student.config)["linearize_plan"]
     sites = find_backbone(student).sites(student)
-    return {f"{name}.{key}": value for name in planned_sites(plan) for key, value in _trained_in(sites[name]).items()}
+    names = []
+    for site in planned_sites(plan):
+        owners = set(targets).intersection(cast(Mixer, sites[site].mixer).trained_projections)
+        for name, module in sites[site].named_modules():
+            if name.partition(".")[0] in owners and isinstance(module, nn.Linear):
+                names.append(f"{site}.{name}")
+    return names
 
 
-def _trained_in(site: nn.Module) -> dict[str, nn.Parameter]:
-    owners = ("mixer", *cast(Mixer, site.mixer).trained_projections)
-    return {name: value for name, value in site.named_parameters() if name.split(".")[0] in owners}
-
-
-def share_student(teacher: nn.Module, plan: Iterable[Mapping[str, Any]]) -> nn.Module:
+def share_student(
+    teacher: nn.Module, plan: Iterable[Mapping[str, Any]], adapter: LoraSettings | None = None
+) -> nn.Module:
     """A student beside its teacher that costs only what trains.
 
     Frozen parameters and buffers are the teacher's own objects; trained ones are float32 copies that require
@@ -186,11 +218,14 @@ def share_student(teacher: nn.Module, plan: Iterable[Mapping[str, Any]]) -> nn.M
     Args:
         teacher: A transformer of a known family.
         plan: Rules as `linearize` takes them.
+        adapter: Adapters that train in the place of the projections; the projections are then the teacher's own, too.
     """
     teacher.requires_grad_(False)
     shared = [*teacher.parameters(), *teacher.buffers()]
     student = copy.deepcopy(teacher, memo={id(tensor): tensor for tensor in shared})
     linearize(student, plan=plan)
+    if adapter is not None:
+        add_lora(student, _projections(student, adapter.targets), adapter)
     student.requires_grad_(False)
     for name, parameter in trained_parameters(student).items():
         owner, _, leaf = name.rpartition(".")
@@ -206,9 +241,14 @@ def surgery_report(student: Any, layout: Layout | None = None) -> SurgeryReport:
 
 
 def _report(backbone: Backbone, transformer: nn.Module, plan: Plan, layout: Layout) -> SurgeryReport:
-    sites = backbone.sites(transformer)
+    sites, adapted = backbone.sites(transformer), has_adapters(transformer)
     reports = [
-        SiteReport(name, rule["mixer"], rule["arguments"], sum(p.numel() for p in _trained_in(sites[name]).values()))
+        SiteReport(
+            name,
+            rule["mixer"],
+            rule["arguments"],
+            sum(parameter.numel() for parameter in _trained_in(sites[name], adapted=adapted).values()),
+        )
         for rule in plan
         for name in rule["layers"]
     ]

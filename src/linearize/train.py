@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
+from linearize.adapters import LoraSettings
 from linearize.config import build_data, build_teacher, plain
 from linearize.costs import Costs
 from linearize.data.datamodule import SampleDataModule
@@ -134,10 +135,14 @@ def resolve_precision(cfg: DictConfig) -> DictConfig:
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:
-    """The stages of a config with their losses and steps; `transfer` takes cfg.transfer_loss, every other cfg.loss."""
-    steps = allot_steps(plain(cfg.stages), cfg.trainer.max_steps)
-    losses = {name: cfg.transfer_loss if name == "transfer" else cfg.loss for name in steps}
-    return [Stage(name, instantiate(losses[name], _convert_="all"), number) for name, number in steps.items()]
+    """The stages of a config: `transfer` has settings of its own (cfg.transfer_*), all others take cfg.loss."""
+    stages = []
+    for name, number in allot_steps(plain(cfg.stages), cfg.trainer.max_steps).items():
+        is_transfer = name == "transfer"
+        terms = instantiate(cfg.transfer_loss if is_transfer else cfg.loss, _convert_="all")
+        own = {"trains": cfg.transfer_trains, "lr": cfg.transfer_lr} if is_transfer else {}
+        stages.append(Stage(name, terms, number, **own))
+    return stages
 
 
 def layer_rules(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -171,7 +176,10 @@ def build_module(
         choices = ", ".join(torch.compiler.list_backends())
         raise LinearizeError(f"compile_backend={cfg.compile_backend} is unknown: use {choices}, or null for none.")
     transformer = teacher.pipeline.transformer
-    student = share_student(transformer, rules)
+    adapter = (
+        None if cfg.adapter is None else LoraSettings(**{**plain(cfg.adapter), "targets": tuple(cfg.adapter.targets)})
+    )
+    student = share_student(transformer, rules, adapter)
     if (
         min(teacher.backbone.shape(site).head_dim for site in teacher.backbone.sites(student).values())
         < _CUDNN_HEAD_DIM
@@ -191,6 +199,7 @@ def build_module(
         identity={
             "teacher": f"{teacher.name} with weights {teacher.weight_hash[:12]}",
             "optimizer": cfg.optimizer._target_,
+            "adapter": "none" if adapter is None else str(adapter),
         },
     )
 
@@ -209,7 +218,7 @@ def fit(
     module: DistillationModule,
     checkpoint: Path | None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Trains; returns the metrics, and what the training cost ("train_seconds", "samples_per_second").
+    """Trains; returns the metrics, and what the training cost ("train_seconds", "trainable_parameters", ...).
 
     Raises:
         KeyboardInterrupt: the user stopped the training; everything is in the checkpoint.
@@ -232,7 +241,10 @@ def fit(
         trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
         raise KeyboardInterrupt("Stopped at once; the steps since the last checkpoint are lost.") from stop
-    training = {"train_seconds": time.perf_counter() - start}
+    training: dict[str, float] = {
+        "train_seconds": time.perf_counter() - start,
+        "trainable_parameters": sum(parameter.numel() for parameter in module.trained.values()),
+    }
     for callback in callbacks.values():
         if isinstance(callback, Progress) and callback.samples_per_second is not None:
             training["samples_per_second"] = callback.samples_per_second

@@ -1,18 +1,35 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from linearize.adapters import LoraSettings
 from linearize.distillation.losses import AttentionOutput, FlowMatching, LossTerm, Prediction, Transfer
 from linearize.distillation.module import DistillationModule
 from linearize.distillation.stages import Stage
 from linearize.surgery import share_student
 
 MakeModule = Callable[..., DistillationModule]
+
+
+def fit(module: DistillationModule, batch: dict[str, Any], num_steps: int, *callbacks: lightning.Callback) -> None:
+    """Trains for a few steps on one batch, with two micro steps each."""
+    trainer = lightning.Trainer(
+        max_steps=num_steps,
+        accelerator="cpu",
+        accumulate_grad_batches=2,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * (2 * num_steps), batch_size=None))
 
 
 def all_terms() -> dict[str, LossTerm]:
@@ -33,14 +50,16 @@ def make_module(tiny_flux_folder: Path) -> MakeModule:
         layers: str = "*",
         terms: Mapping[str, LossTerm] | None = None,
         options: Mapping[str, Any] | None = None,
+        stages: Sequence[Stage] | None = None,
+        adapter: LoraSettings | None = None,
         **mixer_arguments: Any,
     ) -> DistillationModule:
         teacher = FluxTransformer2DModel.from_pretrained(tiny_flux_folder, subfolder="transformer")
-        student = share_student(teacher, [{"layers": layers, "mixer": mixer, **mixer_arguments}])
+        student = share_student(teacher, [{"layers": layers, "mixer": mixer, **mixer_arguments}], adapter)
         return DistillationModule(
             teacher,
             student,
-            stages=[Stage("distill", terms or all_terms(), 10)],
+            stages=stages or [Stage("distill", terms or all_terms(), 10)],
             optimizer=partial(torch.optim.AdamW, lr=1e-3),
             **(options or {}),
         )

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from linearize.distillation.capture import in_raster_order
-from linearize.distillation.losses import AttentionOutput, FlowMatching, Observation, Prediction, Transfer
-from linearize.layout import Grid, Layout
+from linearize.distillation.losses import AttentionOutput, FlowMatching, Observation, Prediction, Transfer, Variance
+from linearize.errors import LinearizeError
 
 
 def test_velocities_are_compared_with_their_targets() -> None:
@@ -29,18 +28,59 @@ def test_transfer_does_not_depend_on_the_scale_of_a_layer(scale: float) -> None:
     torch.testing.assert_close(value, error.square().mean() / teacher.square().mean())
 
 
+ELEMENTWISE = {
+    "squared": lambda x, delta: x**2,
+    "absolute": lambda x, delta: x.abs(),
+    "huber": lambda x, delta: torch.where(x.abs() <= delta, x**2 / 2, delta * (x.abs() - delta / 2)),
+}
+
+
+@pytest.mark.parametrize("error", list(ELEMENTWISE))
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("delta", [0.3, 1.0])
+def test_transfer_is_its_formula(error: str, normalise: bool, delta: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    pairs = {
+        name: tuple(scale * torch.randn(2, 7, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+        for name, scale in (("a", 0.1), ("b", 20.0))
+    }
+    expected = []
+    for student, teacher in pairs.values():
+        r = teacher.square().mean().sqrt() if normalise else 1.0
+        expected.append(ELEMENTWISE[error]((student - teacher) / r, delta).mean())
+    term = Transfer(error=error, normalise=normalise, delta=delta)
+    value = term(Observation(torch.zeros(1), transfer=pairs))
+    torch.testing.assert_close(value.double(), sum(expected) / 2, rtol=1e-5, atol=0)
+    other = Transfer(error=error, normalise=normalise, delta=delta, before_projection=True)
+    assert torch.equal(other(Observation(torch.zeros(1), transfer_attention=pairs)), value)
+
+
+@pytest.mark.parametrize("error", list(ELEMENTWISE))
+def test_a_layer_that_is_right_has_no_transfer_loss_and_a_gradient(error: str) -> None:
+    teacher = torch.zeros(1, 3, 4)
+    student = torch.zeros(1, 3, 4, requires_grad=True)
+    value = Transfer(error=error)(Observation(torch.zeros(1), transfer={"a": (student, teacher)}))
+    value.backward()
+    assert value == 0 and student.grad is not None and student.grad.isfinite().all()
+
+
+def test_wrong_settings_of_a_transfer_loss() -> None:
+    with pytest.raises(LinearizeError, match="error=l3 is unknown: use squared, absolute, huber"):
+        Transfer(error="l3")
+    with pytest.raises(LinearizeError, match="delta=0"):
+        Transfer(error="huber", delta=0)
+
+
+def test_variances_are_compared_where_the_teacher_predicts_one() -> None:
+    target, teacher, student = (torch.randn(2, 3, 4, 6, dtype=torch.float64) for _ in range(3))
+    seen = Observation(target, teacher_variance=teacher, student_variance=student)
+    torch.testing.assert_close(Variance()(seen).double(), (student - teacher).square().mean(), atol=1e-6, rtol=1e-5)
+    assert Variance()(Observation(target, teacher_velocity=teacher, student_velocity=student)) == 0
+
+
 def test_bfloat16_outputs_are_compared_in_float32() -> None:
     teacher = torch.ones(1, 1000, 16, dtype=torch.bfloat16)
     student = teacher + 2**-7
     seen = Observation(torch.zeros(1), teacher_attention={"a": teacher}, student_attention={"a": student})
     value = AttentionOutput()(seen)
     assert value.dtype == torch.float32 and value.item() == pytest.approx(2**-14)
-
-
-def test_raster_order_is_restored() -> None:
-    layout = Layout(3, (Grid(9, 20), Grid(2, 5)))
-    tokens = torch.arange(layout.num_tokens, dtype=torch.float64)[None, :, None].expand(2, -1, 4)
-    tiled = tokens[:, layout.index_to((8, 16))]
-    assert not torch.equal(tiled, tokens)
-    assert torch.equal(in_raster_order(tiled, layout.with_tile((8, 16))), tokens)
-    assert torch.equal(in_raster_order(tokens, layout), tokens)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,8 @@ def test_the_open_stage_takes_the_rest() -> None:
     assert allot_steps({"transfer": 0, "distill": None}, 100) == {"distill": 100}
     assert allot_steps({"transfer": None, "distill": 0}, 5) == {"transfer": 5}
     assert allot_steps({"transfer": 5, "distill": None}, 5) == {"transfer": 5}
+    assert allot_steps({"transfer": 0.25, "distill": None}, 40) == {"transfer": 10, "distill": 30}
+    assert allot_steps({"transfer": 0.5, "middle": 0.5, "distill": 0}, 40) == {"transfer": 20, "middle": 20}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +26,7 @@ def test_the_open_stage_takes_the_rest() -> None:
         ({"transfer": 5, "distill": 5}, 11, "10 steps and trainer.max_steps is 11"),
         ({"transfer": None, "distill": None}, 10, "transfer and distill both"),
         ({"transfer": -1, "distill": None}, 10, "stages.transfer=-1"),
+        ({"transfer": 1.5, "distill": None}, 10, "stages.transfer=1.5 is no number of steps"),
         ({"distill": None}, 0, "trainer.max_steps=0"),
     ],
 )
@@ -33,6 +38,18 @@ def test_stages_that_do_not_add_up(stages: dict[str, int | None], max_steps: int
 def test_a_stage_without_a_loss() -> None:
     with pytest.raises(LinearizeError, match="stage distill has no term"):
         Stage("distill", {"flow_matching": FlowMatching(weight=0)}, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"trains": "gates"}, "transfer_trains=gates is unknown: use all or mixer"),
+        ({"lr": 0.0}, "transfer_lr=0.0 trains nothing"),
+    ],
+)
+def test_wrong_settings_of_a_stage(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(LinearizeError, match=words):
+        Stage("transfer", {"flow_matching": FlowMatching()}, 3, **settings)
 
 
 def test_a_negative_weight() -> None:

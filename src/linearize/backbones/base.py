@@ -57,6 +57,15 @@ class Backbone:
         """
         raise NotImplementedError
 
+    def predict_with_variance(
+        self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditioning: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`predict`, and what the transformer predicts of the variance, of the same shape.
+
+        A family whose transformers predict one overrides this; by default there is none.
+        """
+        return self.predict(transformer, latents, sigma, conditioning), None
+
     def encode(self, pipeline: Any, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
         """Embeds prompts as the pipeline does.
 

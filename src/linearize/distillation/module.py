@@ -20,7 +20,7 @@ from linearize.distillation.schedules import constant
 from linearize.distillation.stages import Stage, stage_at
 from linearize.errors import LinearizeError
 from linearize.evaluation.metrics import relative_velocity_error
-from linearize.surgery import match_layers, share_student, trained_parameters
+from linearize.surgery import is_mixer_parameter, match_layers, share_student, trained_parameters
 
 # What a batch holds beside the conditioning of `Backbone.predict`.
 _NOT_CONDITIONING = ("latents", "prompt", "index")
@@ -75,12 +75,21 @@ class DistillationModule(lightning.LightningModule):
         self.identity = {**(identity or {}), "plan": student.config["linearize_plan"]}
         self._micro_step = 0
         self._rng: dict[str, Any] | None = None
+        self._check_stages()
         self._attach_captures()
         if gradient_checkpointing:
             student.enable_gradient_checkpointing()
         if compile_backend is not None:
             for transformer in (student, cast(ModelMixin, self.teacher)):
                 transformer.compile_repeated_blocks(backend=compile_backend)
+
+    def _check_stages(self) -> None:
+        for stage in self.stages:
+            if stage.trains == "mixer" and not any(map(is_mixer_parameter, self.trained)):
+                raise LinearizeError(
+                    f"{stage.name}_trains=mixer trains nothing, for the mixers of this student have no parameters of "
+                    f"their own: set {stage.name}_trains=all, or stages.{stage.name}=0."
+                )
 
     def _attach_captures(self) -> None:
         planned = [name for rule in self.identity["plan"] for name in rule["layers"]]
@@ -90,6 +99,7 @@ class DistillationModule(lightning.LightningModule):
         attention = {name for names in self._attention_sites.values() for name in names}
         transfer = {name for names in self._transfer_sites.values() for name in names}
         self._sites = self.backbone.sites(self.student)
+        attention |= {name for term in terms if term.before_projection for name in self._transfer_sites[id(term)]}
         self._teacher_capture = SiteCapture(self.backbone.sites(self.teacher), attention, transfer)
         self._student_capture = SiteCapture(self._sites, attention, set())
 
@@ -114,10 +124,13 @@ class DistillationModule(lightning.LightningModule):
             optimizer = self.make_optimizer(list(self.trained.values()))
         except (TypeError, ValueError) as error:
             raise LinearizeError(f"The optimizer refuses its settings ({error}): correct optimizer.*") from error
+        base = optimizer.defaults["lr"]
+        if base == 0 and any(stage.lr for stage in self.stages):
+            raise LinearizeError("optimizer.lr=0 scales no other rate: give it a number above 0, or transfer_lr=null.")
 
         def factor(step: int) -> float:
             stage, done = stage_at(self.stages, step)
-            return self.schedule(done, stage.num_steps)
+            return (stage.lr / base if stage.lr else 1.0) * self.schedule(done, stage.num_steps)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
@@ -156,23 +169,41 @@ class DistillationModule(lightning.LightningModule):
         seen = Observation(target=noise - latents)
         attention = {name for term in values for name in self._attention_sites[id(term)]}
         transfer = [name for term in values for name in self._transfer_sites[id(term)]]
+        inner = {name for term in values if term.before_projection for name in self._transfer_sites[id(term)]}
+        teacher_inner: dict[str, Tensor] = {}
         if transfer or any(term.needs_teacher for term in values):
             with torch.no_grad(), self._teacher_capture.recording() as (outputs, calls):
-                seen.teacher_velocity = self.backbone.predict(self.teacher, *inputs)
+                seen.teacher_velocity, seen.teacher_variance = self.backbone.predict_with_variance(
+                    self.teacher, *inputs
+                )
             seen.teacher_attention = {name: outputs[name].in_raster_order() for name in attention}
+            teacher_inner = {name: outputs[name].in_raster_order() for name in inner}
         if any(term.needs_student for term in values):
             with self._student_capture.recording() as (outputs, _):
-                seen.student_velocity = self.backbone.predict(self.student, *inputs)
+                seen.student_velocity, seen.student_variance = self.backbone.predict_with_variance(
+                    self.student, *inputs
+                )
             seen.student_attention = {name: outputs[name].in_raster_order() for name in attention}
         if transfer:
-            seen.transfer = {
-                name: (
-                    join_outputs(self._sites[name](*calls[name].arguments, **calls[name].keywords)),
-                    calls[name].output,
-                )
-                for name in transfer
+            with self._student_capture.recording() as (outputs, _):
+                seen.transfer = {
+                    name: (
+                        join_outputs(self._sites[name](*calls[name].arguments, **calls[name].keywords)),
+                        calls[name].output,
+                    )
+                    for name in transfer
+                }
+            seen.transfer_attention = {
+                name: (outputs[name].in_raster_order(), output) for name, output in teacher_inner.items()
             }
         return {name: term(seen) for name, term in terms.items()}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Drops the gradients of what the stage leaves alone, before they are clipped."""
+        if self.stage.trains == "mixer":
+            for name, parameter in self.trained.items():
+                if not is_mixer_parameter(name):
+                    parameter.grad = None
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, moves the average, and at the end of a stage clears what belongs to it."""

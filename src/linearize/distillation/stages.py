@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from linearize.distillation.losses import LossTerm
 from linearize.errors import LinearizeError
 
+TRAINS = ("all", "mixer")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -15,38 +17,42 @@ class Stage:
         name: "transfer", "distill", or what the user calls it.
         terms: Terms of the loss by name.
         num_steps: Optimizer steps.
+        trains: "all", or "mixer": the mixers' own parameters alone, while the projections or their adapters wait.
+        lr: Learning rate before the schedule; None takes the optimizer's.
     """
 
     name: str
     terms: Mapping[str, LossTerm]
     num_steps: int
+    trains: str = "all"
+    lr: float | None = None
 
     def __post_init__(self) -> None:
+        if self.trains not in TRAINS:
+            raise LinearizeError(f"{self.name}_trains={self.trains} is unknown: use {' or '.join(TRAINS)}.")
+        if self.lr is not None and self.lr <= 0:
+            raise LinearizeError(f"{self.name}_lr={self.lr} trains nothing: give a number above 0, or null.")
         if not any(term.weight > 0 for term in self.terms.values()):
             raise LinearizeError(
                 f"The loss of stage {self.name} has no term with a weight above 0: give one, or set loss=clear."
             )
 
 
-def allot_steps(stages: Mapping[str, int | None], max_steps: int) -> dict[str, int]:
+def allot_steps(stages: Mapping[str, int | float | None], max_steps: int) -> dict[str, int]:
     """Shares out optimizer steps over stages, in their order; stages without any are left out.
 
     Args:
-        stages: Steps by name; None takes all that the others leave.
+        stages: Steps by name, or a share of all steps, between 0 and 1; None takes all that the others leave.
         max_steps: Optimizer steps in all.
 
     Raises:
-        LinearizeError: the stages do not add up to `max_steps`, or more than one asks for the rest.
+        LinearizeError: the stages do not add up to `max_steps`, more than one asks for the rest, or one is no number of
+            steps.
     """
     if max_steps < 1:
         raise LinearizeError(f"trainer.max_steps={max_steps} trains nothing: give at least 1.")
     open_stages = [name for name, steps in stages.items() if steps is None]
-    fixed = {name: steps for name, steps in stages.items() if steps is not None}
-    negative = [name for name, steps in fixed.items() if steps < 0]
-    if negative:
-        raise LinearizeError(
-            f"stages.{negative[0]}={fixed[negative[0]]} is negative: give steps, 0 to skip it, or null for the rest."
-        )
+    fixed = {name: _whole_steps(name, steps, max_steps) for name, steps in stages.items() if steps is not None}
     if len(open_stages) > 1:
         raise LinearizeError(
             f"The stages {' and '.join(open_stages)} both ask for the rest of the steps: set all but one to a number."
@@ -57,8 +63,18 @@ def allot_steps(stages: Mapping[str, int | None], max_steps: int) -> dict[str, i
             f"The stages take {sum(fixed.values())} steps and trainer.max_steps is {max_steps}: "
             "make them equal, or set one stage to null so that it takes the rest."
         )
-    allotted = {name: rest if steps is None else steps for name, steps in stages.items()}
+    allotted = {name: fixed.get(name, rest) for name in stages}
     return {name: steps for name, steps in allotted.items() if steps > 0}
+
+
+def _whole_steps(name: str, steps: int | float, max_steps: int) -> int:
+    is_share = isinstance(steps, float) and 0 < steps < 1
+    if not is_share and (steps < 0 or steps != int(steps)):
+        raise LinearizeError(
+            f"stages.{name}={steps} is no number of steps: give steps, a share between 0 and 1, 0 to skip it, or null "
+            "for the rest."
+        )
+    return round(steps * max_steps) if is_share else int(steps)
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:

@@ -62,7 +62,7 @@ def summarize_run(
         folder: Where the two files go.
         judge: Reads scenes off pictures; without it `scene_accuracy` and `frechet_distance` are null.
         prompts: The first `num_prompts` are used; None takes held-out prompts of the scenes grammar.
-        training: "train_seconds" and "samples_per_second" of the run; null where missing.
+        training: "train_seconds" and "samples_per_second" of the run, null where missing, and "trainable_parameters".
         reference_folder: Where the teacher's own samples may already be; see `teacher_reference`.
         save_reference: Whether to keep new teacher samples there.
 
@@ -93,12 +93,14 @@ def build_summary(
 ) -> dict[str, Any]:
     """The content of `summary.json`: the numbers, what the run cost, and where all of it comes from."""
     training = training or {}
+    trainable = sum(parameter.numel() for parameter in trained_parameters(student).values())
     return {
         **comparison.numbers,
         "attention_flops_ratio": _flops_ratio(student, teacher, settings),
         "train_seconds": training.get("train_seconds"),
         "samples_per_second": training.get("samples_per_second"),
-        "trainable_parameters": sum(parameter.numel() for parameter in trained_parameters(student).values()),
+        # Of a student whose adapters are merged, only the run knows what was trained.
+        "trainable_parameters": training.get("trainable_parameters", trainable),
         "plan": _plan(student),
         "teacher_source": {"name": teacher.name, "revision": teacher.revision, "weight_hash": teacher.weight_hash},
         "settings": {
