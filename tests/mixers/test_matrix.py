@@ -16,6 +16,7 @@ from linearize.mixers import build_mixer, mixer_class, mixer_defaults, mixer_nam
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mixer").glob("*.yaml"))
 # Knobs that make every part of a mixer work on the small grids below, beside its defaults.
 VARIANTS = {
+    "care": [{"text": "state", "reduction": 2}, {"variant": "paper"}],
     "clear": [{"window": 3}, {"window": 5, "downsample": 2}, {"window": 2, "downsample": 3}],
     "gla": [
         {"gate": "head", "directions": "rows", "feature_map": "elu", "rope": "after_map", "rank": 0},

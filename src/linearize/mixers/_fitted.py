@@ -146,3 +146,8 @@ class FittedMixer(JointMixer):
         if mask is None:
             return math.log(tokens.context.layout.num_image_tokens)
         return mask.sum(dim=1).to(tokens.query.dtype).log()[:, None, None, None]
+
+
+def flat(states: Tensor) -> Tensor:
+    """[batch, heads, tokens, head_dim] to [batch, tokens, channels]."""
+    return states.transpose(1, 2).flatten(2)

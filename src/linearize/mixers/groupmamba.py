@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers._fitted import FittedMixer
+from linearize.mixers._fitted import FittedMixer, flat
 from linearize.mixers._group_scans import GROUPS, GroupScans
 from linearize.mixers._joint import Tokens, check_choice
 from linearize.mixers.base import AttentionShape
@@ -92,7 +92,7 @@ class GroupmambaMixer(FittedMixer):
         factor = self._modulation(states, mask)
         if not self.is_paper:
             scanned = self.scans(_in_turns(states), layout, with_text=with_text, dense=dense)
-            query = _in_turns(_flat(tokens.query)[:, served])
+            query = _in_turns(flat(tokens.query)[:, served])
             gate = F.silu(query @ self.gate.to(query.dtype) + self.gate_bias.to(query.dtype))
             return (scanned * gate).permute(0, 2, 3, 1).flatten(2) * (2 * factor)
         grouped = states.unflatten(-1, (GROUPS, -1)).transpose(1, 2)
@@ -113,7 +113,7 @@ class GroupmambaMixer(FittedMixer):
 
     def _inputs(self, tokens: Tokens) -> Tensor:
         """The x of all tokens, [batch, tokens, channels]: the teacher's values, or the layer's normed input."""
-        return self._norm(tokens.hidden_states) if self.is_paper else _flat(tokens.value)
+        return self._norm(tokens.hidden_states) if self.is_paper else flat(tokens.value)
 
     def _norm(self, states: Tensor) -> Tensor:
         weight, bias = self.norm.weight.to(states.dtype), self.norm.bias.to(states.dtype)
@@ -125,11 +125,6 @@ class GroupmambaMixer(FittedMixer):
         squeezed, dtype = states.sum(dim=1, keepdim=True) / counts, states.dtype
         squeezed = F.relu(F.linear(squeezed, self.squeeze.weight.to(dtype), self.squeeze.bias.to(dtype)))
         return F.linear(squeezed, self.excite.weight.to(dtype), self.excite.bias.to(dtype)).sigmoid()
-
-
-def _flat(states: Tensor) -> Tensor:
-    """[batch, heads, tokens, head_dim] to [batch, tokens, channels]."""
-    return states.transpose(1, 2).flatten(2)
 
 
 def _in_turns(states: Tensor) -> Tensor:
