@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("dtype", list(PARITY), ids=str)
 @pytest.mark.parametrize("window", [4, 16])
-@pytest.mark.parametrize("backend", ["auto", "naive", "halo"])
+@pytest.mark.parametrize("backend", ["auto", "naive", "halo", "flex"])
 def test_local_attention_computes_its_definition(backend, window, dtype):
     sizes = LayerSizes(4, 64, 33, 2, dtype, torch.device("cuda"), warmup=0, repeats=1)
     assert check_parity(sizes, window, backend) <= PARITY[dtype]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
+from linearize.ops import flex
 from linearize.ops.constant_tables import constant_table
 from linearize.ops.disc import disc_covers
 from linearize.ops.halo import halo_attention
@@ -71,9 +72,10 @@ BACKENDS: dict[str, Backend] = {
     "naive": Backend(naive_attention, _never),
     "dense": Backend(full_attention, _not_covered),
     "halo": Backend(halo_attention, _never),
+    "flex": Backend(flex.flex_local_attention, flex.refusal),
 }
 # What `auto` asks, by type of device; the first that does not refuse serves, and the last one never refuses.
-PREFERENCE = {"cuda": ("dense", "halo")}
+PREFERENCE = {"cuda": ("dense", "flex", "halo")}
 ELSEWHERE = ("dense", "halo")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linearize.layout import Grid, Layout, tile_spans
-from linearize.ops.regions import Region
+from linearize.ops.regions import Places, Region
 
 # Gathered keys of one attention call: on a CPU few enough for its cache, elsewhere enough to fill the device.
 CPU_KEYS_PER_CALL = 1 << 13
@@ -71,11 +71,12 @@ class _Surroundings:
 
     def sight(self, region: Region, grids: tuple[Grid, ...]) -> tuple[list[Tensor], Tensor]:
         """The keys that some query sees, per grid [keys, 2] from the first query, and who sees whom [queries, keys]."""
-        corner, queries = torch.tensor(self.corner), self.queries()
+        corner = torch.tensor(self.corner)
+        queries = Places.of((corner + self.queries())[:, None], grids[self.grid])
         keys, sees = [], []
         for key_grid, reach in zip(grids, self.reach, strict=True):
             places = _rectangle(*reach)
-            seen = region.sees(queries + corner, places + corner, grids[self.grid], key_grid)
+            seen = region.sees(queries, Places.of(places + corner, key_grid))
             used = seen.any(dim=0)
             keys.append(places[used])
             sees.append(seen[:, used])

@@ -10,7 +10,7 @@ from linearize.layout import Layout
 from linearize.ops.constant_tables import constant_table
 from linearize.ops.dense_attention import dense_attention
 from linearize.ops.disc import coordinates
-from linearize.ops.regions import Region
+from linearize.ops.regions import Places, Region
 
 
 def naive_attention(
@@ -36,11 +36,10 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, *
 
 def dense_sight(layout: Layout, region: Region) -> Tensor:
     """Which image tokens see which, [image tokens, image tokens] bool in the layout's order."""
-    parts = [coordinates(Layout(0, (grid,))) for grid in layout.grids]
-    rows = [
-        torch.cat([region.sees(query, key, grid, other) for key, other in zip(parts, layout.grids, strict=True)], dim=1)
-        for query, grid in zip(parts, layout.grids, strict=True)
-    ]
+    parts = [(coordinates(Layout(0, (grid,))), grid) for grid in layout.grids]
+    keys = [Places.of(places, grid) for places, grid in parts]
+    queries = [Places.of(places[:, None], grid) for places, grid in parts]
+    rows = [torch.cat([region.sees(query, key) for key in keys], dim=1) for query in queries]
     order = layout.raster_to_tile()
     return torch.cat(rows)[order][:, order]
 

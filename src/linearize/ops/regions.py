@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from linearize.layout import TILE, Grid
+
+
+class Places(NamedTuple):
+    """Tokens by row and column, counted from their grid's own corner, and that grid's height and width.
+
+    Four integer tensors that broadcast, with one another and with those of other places.
+    """
+
+    row: Tensor
+    column: Tensor
+    height: Tensor
+    width: Tensor
+
+    @staticmethod
+    def of(coordinates: Tensor, grid: Grid) -> Places:
+        """The places of [tokens, 2] rows and columns in a grid."""
+        return Places(*coordinates.unbind(-1), *torch.tensor([grid.height, grid.width], device=coordinates.device))
 
 
 @dataclass(frozen=True)
@@ -42,17 +60,10 @@ class Region:
         """The rows (axis 0) or columns (axis 1) of keys, [start, stop), that queries from `first` to `last` may see."""
         raise NotImplementedError
 
-    def sees(self, queries: Tensor, keys: Tensor, grid: Grid, key_grid: Grid) -> Tensor:
-        """Who sees whom.
+    def sees(self, query: Places, key: Places) -> Tensor:
+        """Whether a query sees a key: bool, of the shape to which the places broadcast.
 
-        Args:
-            queries: [queries, 2] places in `grid`.
-            keys: [keys, 2] places in `key_grid`.
-            grid: Where the queries are.
-            key_grid: Where the keys are.
-
-        Returns:
-            [queries, keys] bool.
+        Plain arithmetic on each pair, which kernels that are generated from Python take over.
         """
         raise NotImplementedError
 
@@ -74,9 +85,10 @@ class Disc(Region):
         """See `Region.reach`."""
         return max(0, first - self.window + 1), min(num_keys, last + self.window)
 
-    def sees(self, queries: Tensor, keys: Tensor, grid: Grid, key_grid: Grid) -> Tensor:
+    def sees(self, query: Places, key: Places) -> Tensor:
         """See `Region.sees`."""
-        return (queries[:, None] - keys).square().sum(dim=-1) < self.window**2
+        rows, columns = query.row - key.row, query.column - key.column
+        return rows * rows + columns * columns < self.window**2
 
     def box_sight(self, queries: Boxes, keys: Boxes) -> tuple[Tensor, Tensor]:
         """See `Region.box_sight`."""
@@ -102,12 +114,11 @@ class TouchedTiles(Region):
         start, stop = max(0, top - self.window + 1), min(num_keys, bottom + self.window)
         return start // size * size, min(num_keys, -(-stop // size) * size)
 
-    def sees(self, queries: Tensor, keys: Tensor, grid: Grid, key_grid: Grid) -> Tensor:
+    def sees(self, query: Places, key: Places) -> Tensor:
         """See `Region.sees`."""
-        query_first, query_last = _tile_bounds(queries, grid)
-        key_first, key_last = _tile_bounds(keys, key_grid)
-        gap = torch.maximum(key_first - query_last[:, None], query_first[:, None] - key_last).clamp(min=0)
-        return gap.square().sum(dim=-1) < self.window**2
+        rows = _tile_gap(query.row, query.height, key.row, key.height, TILE[0])
+        columns = _tile_gap(query.column, query.width, key.column, key.width, TILE[1])
+        return rows * rows + columns * columns < self.window**2
 
     def box_sight(self, queries: Boxes, keys: Boxes) -> tuple[Tensor, Tensor]:
         """See `Region.box_sight`."""
@@ -115,7 +126,8 @@ class TouchedTiles(Region):
         (top, top_end), (bottom, bottom_end) = (_bounds(place, keys.grid) for place in (keys.first, keys.last))
         nearest = torch.maximum(top - last_end[:, None], first[:, None] - bottom_end).clamp(min=0)
         farthest = torch.maximum(bottom - first_end[:, None], last[:, None] - top_end).clamp(min=0)
-        return tuple(gap.square().sum(dim=-1) < self.window**2 for gap in (nearest, farthest))
+        touches, covers = (gap.square().sum(dim=-1) < self.window**2 for gap in (nearest, farthest))
+        return touches, covers
 
 
 @dataclass(frozen=True)
@@ -131,12 +143,10 @@ class Neighborhood(Region):
         start, stop = (min(max(0, place - self.window + 1), num_keys - size) for place in (first, last))
         return start, stop + size
 
-    def sees(self, queries: Tensor, keys: Tensor, grid: Grid, key_grid: Grid) -> Tensor:
+    def sees(self, query: Places, key: Places) -> Tensor:
         """See `Region.sees`."""
-        shape = torch.tensor([key_grid.height, key_grid.width], device=keys.device)
-        size = shape.clamp(max=2 * self.window - 1)
-        start = torch.minimum((queries - self.window + 1).clamp(min=0), shape - size)[:, None]
-        return ((keys >= start) & (keys < start + size)).all(dim=-1)
+        rows = self._near(query.row, key.row, key.height)
+        return rows & self._near(query.column, key.column, key.width)
 
     def box_sight(self, queries: Boxes, keys: Boxes) -> tuple[Tensor, Tensor]:
         """See `Region.box_sight`."""
@@ -149,17 +159,25 @@ class Neighborhood(Region):
         covers = (keys.first >= last) & (keys.last < first + size)
         return touches.all(dim=-1), covers.all(dim=-1)
 
+    def _near(self, query: Tensor, key: Tensor, length: Tensor) -> Tensor:
+        """Along one axis of `length` tokens."""
+        size = length.clamp(max=2 * self.window - 1)
+        start = torch.minimum((query - self.window + 1).clamp(min=0), length - size)
+        return (key >= start) & (key < start + size)
+
 
 REGIONS: dict[str, Callable[[int], Region]] = {"disc": Disc, "tiles": TouchedTiles, "neighborhood": Neighborhood}
 
 
-def _tile_bounds(places: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """First and last (row, column) of the tile that each place lies in, [places, 2] each."""
-    return _bounds(places, torch.tensor([grid.height, grid.width], device=places.device))
+def _tile_gap(query: Tensor, query_length: Tensor, key: Tensor, key_length: Tensor, size: int) -> Tensor:
+    """Tokens along one axis from the edge of the query's tile to that of the key's; 0 where the tiles overlap."""
+    first, key_first = query // size * size, key // size * size
+    last, key_last = torch.minimum(first + size, query_length) - 1, torch.minimum(key_first + size, key_length) - 1
+    return torch.maximum(key_first - last, first - key_last).clamp(min=0)
 
 
 def _bounds(places: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with [2] or [places, 2] heights and widths."""
+    """First and last (row, column) of the tiles that [places, 2] lie in, in grids of [places, 2] heights and widths."""
     size = torch.tensor(TILE, device=places.device)
     first = places // size * size
     return first, torch.minimum(first + size, grid) - 1
