@@ -3,15 +3,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.errors import LinearizeError
-from linearize.ops.gated_scan import (
-    BACKENDS,
-    CHUNK,
-    bidirectional_gated_attention,
-    dense_decay,
-    gated_attention_flops,
-)
+from linearize.ops import chunked_scan
+from linearize.ops.chunked_scan import CHUNK, carry_states, chunked
+from linearize.ops.gated_scan import bidirectional_gated_attention, dense_decay, gated_attention_flops
 
 WIDTH = 4
 
@@ -35,7 +32,7 @@ def test_recurrent_is_chunked_is_dense(num_tokens, gate_width, strength, symmetr
     tensors = inputs(num_tokens, gate_width, strength)
     leaves = [tensor.requires_grad_() for tensor in tensors[: 4 if symmetric else 5]]
     results = {}
-    for backend in BACKENDS:
+    for backend in ("chunked", "recurrent", "dense"):
         output = bidirectional_gated_attention(*leaves, backend=backend)
         results[backend] = (output, *torch.autograd.grad(output.sin().sum(), leaves))
     for backend in ("chunked", "recurrent"):
@@ -88,11 +85,65 @@ def test_bf16_is_computed_in_float32():
     assert bidirectional_gated_attention(*(tensor.bfloat16() for tensor in inputs(5))).dtype == torch.float32
 
 
+@pytest.mark.parametrize("gate_width", [1, WIDTH])
+def test_groups_of_heads_and_recomputation_make_no_difference(gate_width, monkeypatch):
+    leaves = [tensor.requires_grad_() for tensor in inputs(2 * CHUNK + 9, gate_width)]
+    expected = chunked(*leaves)
+    monkeypatch.setattr(chunked_scan, "NUMBERS_TO_KEEP", 0)
+    monkeypatch.setattr(chunked_scan, "NUMBERS_AT_A_TIME", 1)
+    output = chunked(*leaves)
+    torch.testing.assert_close(output, expected)
+    gradients = (torch.autograd.grad(found.sin().sum(), leaves) for found in (output, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@settings(max_examples=15, deadline=None)
+@given(num_chunks=st.integers(1, 3 * chunked_scan.GROUP**2), width=st.sampled_from([1, 3]))
+def test_states_are_carried_on_both_ways(num_chunks, width):
+    torch.manual_seed(0)
+    added = torch.randn(1, 2, 2, num_chunks, 3, 2, dtype=torch.float64)
+    kept = F.logsigmoid(torch.randn(1, 2, 2, num_chunks, width, dtype=torch.float64))
+    states = carry_states(added, kept)
+    for way, chunks in ((0, range(num_chunks)), (1, range(num_chunks - 1, -1, -1))):
+        state = torch.zeros_like(added[:, :, 0, 0])
+        for chunk in chunks:
+            torch.testing.assert_close(states[:, :, way, chunk], state)
+            state = state * kept[:, :, way, chunk, :, None].exp() + added[:, :, way, chunk]
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is computed, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        self.count += not call.is_view
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("gate_width", "most"), [(1, 110), (WIDTH, 240)])
+def test_calls_grow_with_the_logarithm_of_the_tokens(gate_width, most):
+    counts = []
+    for power in (1, 2, 3):
+        tensors = [tensor.to("meta") for tensor in inputs(CHUNK * chunked_scan.GROUP**power, gate_width)]
+        with torch.no_grad(), Calls() as calls:
+            chunked(*tensors)
+        counts.append(calls.count)
+    assert counts[2] - counts[1] == counts[1] - counts[0]
+    assert counts[2] <= most
+
+
 def test_operations_are_linear_in_tokens():
     assert gated_attention_flops(8192, 64, 65) == 2 * gated_attention_flops(4096, 64, 65)
-    assert gated_attention_flops(1 << 14, 128, 129) < 4 * (1 << 14) * 128 * 128 * 3
+    # Twice the two products of ungated linear attention, and pairs within chunks.
+    assert gated_attention_flops(CHUNK, 128, 129) == 2 * CHUNK * (4 * 128 * 129 + CHUNK * (128 + 129))
 
 
 def test_an_unknown_backend_names_the_choices():
-    with pytest.raises(LinearizeError, match="unknown backend 'fla', choose one of auto, chunked, recurrent, dense"):
-        bidirectional_gated_attention(*inputs(3), backend="fla")
+    with pytest.raises(
+        LinearizeError, match="unknown backend 'fast', choose one of auto, chunked, fla, recurrent, dense"
+    ):
+        bidirectional_gated_attention(*inputs(3), backend="fast")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -9,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.errors import LinearizeError
+from linearize.ops.chunked_scan import CHUNK, chunked
+from linearize.ops.fla_scan import fla, refusal
 from linearize.ops.precision import widen
-
-# Tokens of a chunk: within it weights are explicit, between chunks a state is carried on.
-CHUNK = 64
 
 
 def bidirectional_gated_attention(
@@ -37,21 +37,41 @@ def bidirectional_gated_attention(
         forward_gate: log G, at most 0: [batch, heads, tokens, num_features], or [batch, heads, tokens, 1] for one
             gate in each head.
         backward_gate: log G', same.
-        backend: "chunked", of a cost linear in tokens; "recurrent", token by token; "dense", on [tokens x tokens]
-            weights; or "auto".
+        backend: "chunked", of a cost linear in tokens; "fla", the same by GPU kernels; "recurrent", token by token;
+            "dense", on [tokens x tokens] weights; or "auto": fla in bf16 on a GPU where it works, else chunked.
 
     Returns:
-        [batch, heads, tokens, channels], in float32 at least.
+        [batch, heads, tokens, channels]: where query, key and value are bf16 on a GPU, products are, and so is this;
+        else float32 at least. Gates and states are float32 at least.
 
     Raises:
-        LinearizeError: There is no such backend.
+        LinearizeError: There is no such backend, or it cannot serve this call.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise LinearizeError(f"unknown backend {backend!r}, choose one of auto, {', '.join(BACKENDS)}")
     if backward_gate is None:
         backward_gate = F.pad(forward_gate, (0, 0, 0, 1))[:, :, 1:]
-    tensors = (widen(tensor) for tensor in (query, key, value, forward_gate, backward_gate))
-    return BACKENDS["chunked" if backend == "auto" else backend](*tensors)
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    if dtype != torch.bfloat16 or value.device.type != "cuda":
+        dtype = torch.promote_types(dtype, torch.float32)
+    query, key, value = (states.to(dtype) for states in (query, key, value))
+    gates = widen(forward_gate), widen(backward_gate)
+    if backend in ("auto", "fla"):
+        backend = _choose(backend, value, query.shape[-1], forward_gate.shape[-1])
+    return BACKENDS[backend](query, key, value, *gates)
+
+
+@torch.compiler.disable
+def _choose(backend: str, value: Tensor, num_features: int, gate_width: int) -> str:
+    """Fla or, where the caller left it open, chunked; a GPU that could compute in bf16 and has no fla is told once."""
+    refused = refusal(value, num_features, gate_width)
+    if refused is None:
+        return "fla"
+    if backend == "fla":
+        raise LinearizeError(f"backend fla cannot serve this call, as {refused}; choose chunked or auto")
+    if value.device.type == "cuda" and value.dtype == torch.bfloat16:
+        warnings.warn(f"gated scans take their portable path on this GPU instead of fla, as {refused}", stacklevel=3)
+    return "chunked"
 
 
 def dense_decay(forward_gate: Tensor, backward_gate: Tensor) -> Tensor:
@@ -79,16 +99,6 @@ def recurrent(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, b
     return ahead + behind - (query * key).sum(dim=-1, keepdim=True) * value
 
 
-def chunked(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, backward_gate: Tensor) -> Tensor:
-    """Explicit weights within chunks and states between them.
-
-    All exponents are sums of logarithmic gates over a stretch of tokens, so none is positive, whatever the gates.
-    """
-    ahead = _earlier_tokens(query, key, value, forward_gate)
-    behind = _earlier_tokens(*(tensor.flip(2) for tensor in (query, key, value, backward_gate))).flip(2)
-    return ahead + behind + (query * key).sum(dim=-1, keepdim=True) * value
-
-
 def _recur(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     state = query.new_zeros(*query.shape[:2], query.shape[-1], value.shape[-1])
     outputs = []
@@ -98,49 +108,7 @@ def _recur(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     return torch.stack(outputs, dim=2)
 
 
-def _earlier_tokens(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-    """What every token reads from those before it, itself excluded: [batch, heads, tokens, channels]."""
-    num_tokens = query.shape[2]
-    tensors = (F.pad(tensor, (0, 0, 0, -num_tokens % CHUNK)) for tensor in (query, key, value, gate))
-    query, key, value, gate = (tensor.unflatten(2, (-1, CHUNK)) for tensor in tensors)
-    decay = gate.cumsum(dim=-2)
-    output = _within_chunks(query, key, value, decay) + _between_chunks(query, key, value, decay)
-    return output.flatten(2, 3)[:, :, :num_tokens]
-
-
-def _within_chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
-    """Pairs of one chunk, [batch, heads, chunks, CHUNK, channels], halving by halving.
-
-    A token of the right half of a block reads those of the left half through the last one of these: the decay from
-    there to the query and that from the key to there are both products of gates, and each a factor of at most 1.
-    """
-    output = torch.zeros_like(value)
-    half = CHUNK // 2
-    while half:
-        blocks = [tensor.unflatten(3, (-1, 2, half)) for tensor in (query, key, value, decay)]
-        queries, keys, values, decays = blocks
-        middle = decays[..., 0, -1:, :]
-        weights = (queries[..., 1, :, :] * (decays[..., 1, :, :] - middle).exp()) @ (
-            keys[..., 0, :, :] * (middle - decays[..., 0, :, :]).exp()
-        ).transpose(-1, -2)
-        read = weights @ values[..., 0, :, :]
-        output = output + torch.stack([torch.zeros_like(read), read], dim=-3).flatten(3, 5)
-        half //= 2
-    return output
-
-
-def _between_chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
-    """Pairs of different chunks, through a state [batch, heads, num_features, channels] at the start of each."""
-    whole = decay[..., -1:, :]
-    added = (key * (whole - decay).exp()).transpose(-1, -2) @ value
-    kept = whole.transpose(-1, -2).exp()
-    states = [torch.zeros_like(added[:, :, 0])]
-    for chunk in range(added.shape[2] - 1):
-        states.append(kept[:, :, chunk] * states[-1] + added[:, :, chunk])
-    return (query * decay.exp()) @ torch.stack(states, dim=2)
-
-
-BACKENDS: dict[str, Callable[..., Tensor]] = {"chunked": chunked, "recurrent": recurrent, "dense": dense}
+BACKENDS: dict[str, Callable[..., Tensor]] = {"chunked": chunked, "fla": fla, "recurrent": recurrent, "dense": dense}
 
 
 def gated_attention_flops(num_tokens: int, num_features: int, channels: int) -> int:
