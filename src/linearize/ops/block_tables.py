@@ -1,4 +1,4 @@
-"""Which blocks of 128 tokens see which, for kernels that visit blocks: told by the blocks' edges, never by pairs of tokens."""
+"""Which blocks of 128 tokens see which, for kernels that visit blocks: told by edges, never by pairs of tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from linearize.layout import TILE, Layout, tile_spans
 from linearize.ops.regions import Boxes, Region
 
 BLOCK = TILE[0] * TILE[1]
+# Lists up to this many entries are not worth cutting.
+_SHORTEST = 16
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,11 @@ class BlockTables:
     list of the units of the other side that it meets, first those that need no mask.
 
     Attributes:
-        blocks: [blocks, 9]: first token, top row, left column, height, width, tokens, 1 for an image and 0 for text,
-            and the height and width of the grid.
-        segments: [segments, 5]: unit, first entry of its list, first entry that needs a mask, entry behind the last, and
-            the place among partial results, or -1 where the segment is the whole list. Text's segments come first.
-        entries: [entries, 4]: unit, its first token, top and left.
+        blocks: [blocks, 9]: first token, top row (-1 for text), left column, height, width, tokens, 1 for an image and
+            0 for text, and the height and width of the grid.
+        segments: [segments, 5]: unit, first entry of its list, first entry that needs a mask, entry behind the last,
+            and the place among partial results, or -1 where it is the whole list. Text's segments come first.
+        entries: [entries, 4]: unit, its first token, top (-1 for text) and left.
         num_text_segments: Segments of text.
         num_splits: Segments of every text unit.
         whole: Whether every block has its 128 tokens.
@@ -50,7 +52,7 @@ def block_tables(
     size: int,
     other_size: int,
     transposed: bool = False,
-    max_splits: int = 1,
+    share: float = 1.0,
 ) -> BlockTables:
     """Lists for every unit of queries, or of keys, in the order of `layout`, which is in tiles.
 
@@ -61,7 +63,7 @@ def block_tables(
         size: Tokens of a unit that has a list.
         other_size: Tokens of a unit in a list.
         transposed: Lists of queries for units of keys, in the place of lists of keys for units of queries.
-        max_splits: Segments into which a list of text may be cut.
+        share: Batches x heads for each processor. A list of text is cut where it would outlast half of all the work.
     """
     blocks = _blocks(layout)
     rows, columns = _Units(blocks, size), _Units(blocks, other_size)
@@ -77,12 +79,13 @@ def block_tables(
     listed = torch.arange(len(columns.index)) < num_entries[:, None]
     found = order[listed]
     entries = torch.stack([columns.index[found], columns.start[found], *columns.boxes.first[found].T], 1)
-    segments, num_text = _segments(rows, num_plain, num_entries, max_splits)
+    segments, num_text = _segments(rows, num_plain, num_entries, share)
     with torch.inference_mode(False):
-        tables = (table.to(torch.int32).contiguous().to(device) for table in (blocks, segments, entries))
-        return BlockTables(
-            *tables, num_text, max(1, num_text // max(1, int((~rows.image).sum()))), bool(rows.whole.all())
+        blocks, segments, entries = (
+            table.to(torch.int32).contiguous().to(device) for table in (blocks, segments, entries)
         )
+    whole = bool(rows.whole.all() and columns.whole.all())
+    return BlockTables(blocks, segments, entries, num_text, max(1, num_splits), whole)
 
 
 def _blocks(layout: Layout) -> Tensor:
@@ -90,7 +93,7 @@ def _blocks(layout: Layout) -> Tensor:
     rows: list[tuple[int, ...]] = []
     text, image = layout.text_slice.start, layout.image_slice.start
     for start, stop in tile_spans(layout.num_text_tokens, BLOCK):
-        rows.append((text + start, 0, 0, TILE[0], TILE[1], stop - start, 0, 0, 0))
+        rows.append((text + start, -1, 0, TILE[0], TILE[1], stop - start, 0, 0, 0))
     for grid in layout.grids:
         for top, bottom in tile_spans(grid.height, TILE[0]):
             for left, right in tile_spans(grid.width, TILE[1]):
@@ -123,12 +126,11 @@ class _Units:
         kept = filled > 0
         self.index = index[kept]
         self.start = (start + skipped * width)[kept]
-        first = torch.stack([top + skipped, left], dim=1)[kept]
+        first = torch.stack([torch.where(image == 1, top + skipped, top), left], dim=1)[kept]
         last = torch.stack([top + skipped + filled - 1, left + width - 1], dim=1)[kept]
         self.boxes = Boxes(first, last, torch.stack(grid, dim=1)[kept])
         self.image = (image == 1)[kept]
-        full = torch.where(image == 1, height * 0 + BLOCK, tokens)
-        self.whole = ((filled == num_rows) & (width == TILE[1]) & (full >= (index % parts + 1) * size))[kept]
+        self.whole = ((filled == num_rows) & (width == TILE[1]) & (tokens >= (index % parts + 1) * size))[kept]
 
 
 def _sight(region: Region, queries: _Units, keys: _Units) -> tuple[Tensor, Tensor]:
@@ -138,13 +140,14 @@ def _sight(region: Region, queries: _Units, keys: _Units) -> tuple[Tensor, Tenso
     return touches | text, covers | text
 
 
-def _segments(rows: _Units, num_plain: Tensor, num_entries: Tensor, max_splits: int) -> tuple[Tensor, int]:
+def _segments(rows: _Units, num_plain: Tensor, num_entries: Tensor, share: float) -> tuple[Tensor, int]:
     """[segments, 5] with text first, and how many are text's."""
     ends = num_entries.cumsum(0)
     begins = ends - num_entries
+    longest = max(_SHORTEST, int(num_entries.sum() * share / 2))
     text: list[tuple[int, ...]] = []
     for unit, begin, plain, end in torch.stack([rows.index, begins, begins + num_plain, ends], 1)[~rows.image].tolist():
-        length = -(-(end - begin) // max_splits)
+        length = -(-(end - begin) // -(-(end - begin) // longest))
         spans = [(start, min(start + length, end)) for start in range(begin, end, length)]
         for start, stop in spans:
             text.append((unit, start, min(max(plain, start), stop), stop, -1 if len(spans) == 1 else len(text)))
