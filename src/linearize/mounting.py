@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 def export_mixer(pipeline: DiffusionPipeline, folder: str | Path, *, base_model: str) -> Path:
-    """Writes what a student has beyond its base model: trained tensors, plan, and what identifies the base.
+    """Writes what a student has beyond its base model: its tensors, its plan, and what identifies the base.
 
     Args:
         pipeline: A pipeline with a student.
@@ -38,19 +38,19 @@ def export_mixer(pipeline: DiffusionPipeline, folder: str | Path, *, base_model:
         LinearizeError: the pipeline holds no student, or the disk has no room.
     """
     folder, student = Path(folder), student_of(pipeline)
-    trained = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_parameters(student).items()}
-    require_disk_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in trained.values()))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in _own_tensors(student).items()}
+    require_disk_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     spec = {
         "format": FORMAT,
         "plan": student.config.linearize_plan,
         "base": {
             "model": base_model,
             "architecture": _architecture(student),
-            "frozen_hash": _frozen_hash(student, trained),
+            "frozen_hash": _frozen_hash(student, tensors),
         },
     }
     with atomic_folder(folder) as temporary:
-        save_file(trained, temporary / WEIGHTS_FILE)
+        save_file(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / SPEC_FILE, spec)
     return folder
 
@@ -84,10 +84,8 @@ def mount_mixer(pipeline: DiffusionPipeline, folder: str | Path, *, same_base: b
             "that model, or pass same_base=False for a fine-tuned one."
         )
     report = linearize(pipeline, plan=spec["plan"])
-    parameters = trained_parameters(pipeline.transformer)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+    for name, tensor in _own_tensors(pipeline.transformer).items():
+        tensor.copy_(tensors[name])
     return report
 
 
@@ -112,12 +110,20 @@ def _architecture(transformer: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in sorted(config.items())}
 
 
-def _frozen_hash(transformer: nn.Module, trained: Iterable[str]) -> str:
-    """Hash of all tensors that training left alone.
+def _own_tensors(student: nn.Module) -> dict[str, Tensor]:
+    """What a student has beyond its base model: what trains, and all else that mixers keep, such as random features."""
+    sites: dict[str, Any] = find_backbone(student).sites(student)
+    names = {f"{name}.mixer.{key}" for name, site in sites.items() for key in site.mixer.state_dict()}
+    names |= trained_parameters(student).keys()
+    return {name: tensor for name, tensor in student.state_dict().items() if name in names}
+
+
+def _frozen_hash(transformer: nn.Module, own: Iterable[str]) -> str:
+    """Hash of all tensors that are the base model's own.
 
     They are rounded to bfloat16, so that the dtype they were loaded in does not matter.
     """
-    state, skipped = transformer.state_dict(), set(trained)
+    state, skipped = transformer.state_dict(), set(own)
     digest = hashlib.sha256()
     for name in sorted(state.keys() - skipped):
         digest.update(state_hash({name: state[name].to(torch.bfloat16)}).encode())
@@ -138,7 +144,7 @@ def _expected_shapes(backbone: Backbone, transformer: Any, plan: list[dict[str, 
     student_class: Any = backbone.student_class
     with init_empty_weights():
         student = student_class.from_config({**_architecture(transformer), "linearize_plan": plan})
-    return {name: tuple(tensor.shape) for name, tensor in trained_parameters(student).items()}
+    return {name: tuple(tensor.shape) for name, tensor in _own_tensors(student).items()}
 
 
 def _check_tensors(folder: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
