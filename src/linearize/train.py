@@ -24,6 +24,7 @@ from linearize.distillation.loggers import build_loggers
 from linearize.distillation.module import DistillationModule
 from linearize.distillation.resume import check_checkpoint, find_checkpoint
 from linearize.distillation.stages import Stage, allot_steps
+from linearize.distillation.window_dropout import WindowDropout
 from linearize.errors import LinearizeError
 from linearize.evaluation.settings import EvaluationSettings
 from linearize.export import FORMS
@@ -193,6 +194,7 @@ def build_module(
         schedule=instantiate(cfg.schedule),
         sigma=instantiate(cfg.sigma),
         seed=cfg.seed,
+        window_dropout=WindowDropout(**plain(cfg.window_dropout)),
         ema_decay=cfg.ema_decay,
         gradient_checkpointing=use_checkpointing(cfg, transformer),
         compile_backend=cfg.compile_backend,

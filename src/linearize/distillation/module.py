@@ -18,6 +18,7 @@ from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_
 from linearize.distillation.resume import check_checkpoint, restore_rng, rng_state, student_state, tell_changed_schedule
 from linearize.distillation.schedules import constant
 from linearize.distillation.stages import Stage, stage_at
+from linearize.distillation.window_dropout import WindowDropout, WindowSwitch
 from linearize.errors import LinearizeError
 from linearize.evaluation.metrics import relative_velocity_error
 from linearize.surgery import is_mixer_parameter, match_layers, share_student, trained_parameters
@@ -40,6 +41,7 @@ class DistillationModule(lightning.LightningModule):
         schedule: Learning-rate factor of (steps done in the stage, steps of the stage).
         sigma: Distribution of noise levels.
         seed: Seed of noise and noise levels.
+        window_dropout: How often hybrid mixers train without their windows; never by default.
         ema_decay: Decay of the average of what trains; 0 evaluates and exports the plain weights.
         gradient_checkpointing: Recomputes the student's blocks in the backward pass: less memory, more time.
         compile_backend: Backend for torch.compile of the blocks ("inductor"); None runs them eagerly.
@@ -56,6 +58,7 @@ class DistillationModule(lightning.LightningModule):
         schedule: Callable[[int, int], float] = constant,
         sigma: SigmaSampler | None = None,
         seed: int = 0,
+        window_dropout: WindowDropout | None = None,
         ema_decay: float = 0.999,
         gradient_checkpointing: bool = False,
         compile_backend: str | None = None,
@@ -76,6 +79,11 @@ class DistillationModule(lightning.LightningModule):
         self._micro_step = 0
         self._rng: dict[str, Any] | None = None
         self._check_stages()
+        dropout = window_dropout or WindowDropout()
+        self._windows = WindowSwitch(self.backbone.sites(student), dropout)
+        # Steps that leave windows or output projections out have parameters without a gradient.
+        terms = [term for stage in self.stages for term in stage.terms.values()]
+        self._is_partial = dropout.is_on or any(term.before_projection for term in terms)
         self._attach_captures()
         if gradient_checkpointing:
             student.enable_gradient_checkpointing()
@@ -134,6 +142,15 @@ class DistillationModule(lightning.LightningModule):
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Leaves windows out, the same in all micro steps of an optimizer step, until its backward pass is done."""
+        num_steps = sum(stage.num_steps for stage in self.stages)
+        self._windows.drop(seed=self.seed, step=self.trainer.global_step, num_steps=num_steps)
+
+    def on_after_backward(self) -> None:
+        """Puts the windows back: everything but training sees them."""
+        self._windows.restore()
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro step: draws noise, looks at teacher and student, and sums the terms of the stage's loss."""
         step = self.trainer.global_step
@@ -146,6 +163,9 @@ class DistillationModule(lightning.LightningModule):
             self.log(f"train/{name}", value.detach(), batch_size=len(sigma))
             loss = loss + terms[name].weight * value
         self.log("train/loss", loss.detach(), batch_size=len(sigma))
+        if self._is_partial and self.trainer.world_size > 1:
+            # Processes wait for the gradient of every parameter, of those that this step leaves out, too.
+            loss = loss + 0.0 * torch.stack([parameter.flatten()[0] for parameter in self.trained.values()]).sum()
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(sigma))
         return loss
 
