@@ -80,6 +80,7 @@ def block_tables(
     found = order[listed]
     entries = torch.stack([columns.index[found], columns.start[found], *columns.boxes.first[found].T], 1)
     segments, num_text = _segments(rows, num_plain, num_entries, share)
+    num_splits = num_text // max(1, int((~rows.image).sum()))
     with torch.inference_mode(False):
         blocks, segments, entries = (
             table.to(torch.int32).contiguous().to(device) for table in (blocks, segments, entries)
