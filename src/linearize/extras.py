@@ -15,6 +15,7 @@ EXTRAS = {
     "eval": ("torchvision", "torch_fidelity"),
     "flash": ("flash_attn",),
     "fla": ("fla",),
+    "natten": ("natten",),
     "cluster": ("submitit", "hydra_plugins.hydra_submitit_launcher"),
 }
 

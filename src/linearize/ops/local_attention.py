@@ -57,7 +57,7 @@ def local_attention(
             that the discs of the query's tile touch; "neighborhood": a square of 2 window - 1, shifted at the borders.
         backend: "auto", by device, dtype and shape (`explain_backend` tells which and why), or one of `BACKENDS`:
             "naive" on dense weights, "dense" where the disc covers the picture, "halo" of linear cost with nothing but
-            PyTorch, "flex" in FlexAttention.
+            PyTorch, "flex" in FlexAttention, "natten" in NATTEN's kernels for neighborhoods.
 
     Returns:
         [batch, heads, tokens, head_dim].
