@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from linearize.compilation import compile_backend, compile_blocks
 from linearize.data.ensure import ensure_samples
 from linearize.data.prompts import PromptSource, prompt_source
 from linearize.data.settings import GenerationSettings
@@ -94,10 +95,13 @@ def under_root(root: str | Path, path: str | Path | None) -> Path | None:
 
 
 def build_teacher(config: DictConfig) -> Teacher:
-    """The teacher of `config.teacher`; see configs/teacher."""
+    """The teacher of `config.teacher`, its blocks compiled as `config.compile` says; see configs/teacher."""
     source = {key: config.teacher[key] for key in ("hub_id", "revision", "dtype", "device")}
     random = None if config.teacher.random is None else plain(config.teacher.random)
-    return load_teacher(under_root(config.root, config.teacher.path), random=random, **source)
+    teacher = load_teacher(under_root(config.root, config.teacher.path), random=random, **source)
+    transformer = teacher.pipeline.transformer
+    compile_blocks(transformer, compile_backend(config.compile, transformer.device))
+    return teacher
 
 
 def build_prompts(prompts: DictConfig, root: str | Path) -> PromptSource:

@@ -6,6 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from linearize.compilation import compile_backend, compile_blocks
 from linearize.config import build_prompts, build_teacher, plain
 from linearize.errors import LinearizeError
 from linearize.evaluation import real_data
@@ -32,6 +33,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     real = _open_real_data(cfg)
     teacher = build_teacher(cfg)
     student = load_student_of(teacher, cfg.student)
+    compile_blocks(student, compile_backend(cfg.compile, teacher.pipeline.transformer.device))
     captions = real_data.captions(*real) if real else None
     comparison = compare(
         student,

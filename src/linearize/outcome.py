@@ -31,6 +31,7 @@ def finished_student(module: DistillationModule, teacher: Teacher) -> torch.nn.M
     for parameter in trained_parameters(module.student).values():
         parameter.data = parameter.data.to(teacher.pipeline.transformer.dtype)
         parameter.grad = None
+    module.student.disable_gradient_checkpointing()
     device = teacher.pipeline.vae.device
     teacher.pipeline.to(device)
     return module.student.to(device).eval().requires_grad_(False)

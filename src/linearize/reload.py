@@ -57,7 +57,8 @@ def check_reload(
 def _sample(
     teacher: Teacher, pipeline: object, conditioning: dict[str, Tensor], settings: EvaluationSettings
 ) -> Tensor:
-    with torch.no_grad():
+    # Eagerly, in memory and loaded again, for compiled blocks round otherwise.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return teacher.backbone.sample(
             pipeline,
             conditioning,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from linearize.compilation import compile_backend, compile_blocks
 from linearize.config import build_prompts, build_teacher
 from linearize.errors import LinearizeError
 from linearize.evaluation.pictures import save_png
@@ -55,7 +56,9 @@ def _prompts(cfg: DictConfig) -> list[str]:
 def _load(cfg: DictConfig) -> Any:
     if cfg.student is not None:
         device = resolve_device(cfg.teacher.device)
-        return load_pipeline(cfg.student, torch_dtype=resolve_dtype(cfg.teacher.dtype, device)).to(device)
+        pipeline = load_pipeline(cfg.student, torch_dtype=resolve_dtype(cfg.teacher.dtype, device)).to(device)
+        compile_blocks(pipeline.transformer, compile_backend(cfg.compile, device))
+        return pipeline
     teacher = build_teacher(cfg)
     if not teacher.has_text_encoder:
         raise LinearizeError(

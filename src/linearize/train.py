@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from linearize.adapters import LoraSettings
+from linearize.compilation import compile_backend
 from linearize.config import build_data, build_teacher, plain
 from linearize.costs import Costs
 from linearize.data.datamodule import SampleDataModule
@@ -37,8 +38,6 @@ from linearize.teachers import Teacher
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 # From this width on cuDNN's attention is safe to train with; below it gave NaN (torch 2.11).
 _CUDNN_HEAD_DIM = 64
-# Above this, between the scenes teacher and FLUX.1-dev, activations are taken to be too large to keep.
-_CHECKPOINTED_PARAMETERS = 2_000_000_000
 _log = logging.getLogger(__name__)
 
 
@@ -173,9 +172,6 @@ def build_module(
     """
     if not 0 <= cfg.ema_decay < 1:
         raise LinearizeError(f"ema_decay={cfg.ema_decay} is no decay: give a number from 0 up to, not including, 1.")
-    if cfg.compile_backend is not None and cfg.compile_backend not in torch.compiler.list_backends():
-        choices = ", ".join(torch.compiler.list_backends())
-        raise LinearizeError(f"compile_backend={cfg.compile_backend} is unknown: use {choices}, or null for none.")
     transformer = teacher.pipeline.transformer
     adapter = (
         None if cfg.adapter is None else LoraSettings(**{**plain(cfg.adapter), "targets": tuple(cfg.adapter.targets)})
@@ -196,8 +192,8 @@ def build_module(
         seed=cfg.seed,
         window_dropout=WindowDropout(**plain(cfg.window_dropout)),
         ema_decay=cfg.ema_decay,
-        gradient_checkpointing=use_checkpointing(cfg, transformer),
-        compile_backend=cfg.compile_backend,
+        activation_memory_gib=activation_budget(cfg),
+        compile_backend=compile_backend(cfg.compile, transformer.device),
         identity={
             "teacher": f"{teacher.name} with weights {teacher.weight_hash[:12]}",
             "optimizer": cfg.optimizer._target_,
@@ -206,11 +202,18 @@ def build_module(
     )
 
 
-def use_checkpointing(cfg: DictConfig, transformer: torch.nn.Module) -> bool:
-    """`gradient_checkpointing` of the config; null turns it on where activations would not fit beside the weights."""
-    if cfg.gradient_checkpointing is not None:
-        return cfg.gradient_checkpointing
-    return sum(parameter.numel() for parameter in transformer.parameters()) > _CHECKPOINTED_PARAMETERS
+def activation_budget(cfg: DictConfig) -> float | None:
+    """`activation_memory_gib` of the config; None stands for auto.
+
+    Raises:
+        LinearizeError: it is neither auto nor an amount of memory.
+    """
+    budget = cfg.activation_memory_gib
+    if budget == "auto":
+        return None
+    if not isinstance(budget, int | float) or isinstance(budget, bool) or budget < 0:
+        raise LinearizeError(f"activation_memory_gib={budget} is no amount of memory: give auto, or GiB from 0 up.")
+    return float(budget)
 
 
 def fit(

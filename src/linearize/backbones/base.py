@@ -66,6 +66,15 @@ class Backbone:
         """
         return self.predict(transformer, latents, sigma, conditioning), None
 
+    def compile_blocks(self, transformer: Any, backend: str) -> None:
+        """Compiles the repeated blocks in place, one graph for each kind of block and each resolution.
+
+        Args:
+            transformer: Teacher or student.
+            backend: Of torch.compile.
+        """
+        transformer.compile_repeated_blocks(backend=backend, dynamic=False)
+
     def encode(self, pipeline: Any, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
         """Embeds prompts as the pipeline does.
 

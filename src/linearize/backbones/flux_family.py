@@ -65,6 +65,11 @@ class FluxBackbone(Backbone):
         )[0]
         return unpack_latents(output, grid.height, grid.width).to(latents.dtype)
 
+    def compile_blocks(self, transformer: Any, backend: str) -> None:
+        """See `Backbone.compile_blocks`."""
+        super().compile_blocks(transformer, backend)
+        transformer.single_transformer_blocks[0].register_forward_pre_hook(_join_streams, with_kwargs=True)
+
     @torch.no_grad()
     def encode(self, pipeline: Any, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
         """See `Backbone.encode`; also "pooled_prompt_embeds" [batch, channels]."""
@@ -129,6 +134,21 @@ def unpack_latents(tokens: Tensor, grid_height: int, grid_width: int) -> Tensor:
     batch, _, channels = tokens.shape
     blocks = tokens.reshape(batch, grid_height, grid_width, channels // 4, 2, 2)
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * grid_height, 2 * grid_width)
+
+
+@torch.compiler.disable
+def _join_streams(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
+    """Gives the first single block text and image tokens as the others get them: two views of one tensor.
+
+    Tensors of their own have other strides, for which the block would be compiled once more.
+    """
+    call = dict(zip(("hidden_states", "encoder_hidden_states"), arguments, strict=False)) | keywords
+    text, image = call["encoder_hidden_states"], call["hidden_states"]
+    joined = torch.cat([text, image], dim=1)
+    views = {"encoder_hidden_states": joined[:, : text.shape[1]], "hidden_states": joined[:, text.shape[1] :]}
+    if not arguments:
+        return (), keywords | views
+    return (views["hidden_states"], views["encoder_hidden_states"], *arguments[2:]), keywords
 
 
 def _grid_of(latents: Tensor) -> Grid:

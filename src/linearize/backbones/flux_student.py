@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linearize.backbones.plan import Plan, match_dtype_and_device, mixers_for_plan, preferred_order
 from linearize.backbones.position_ids import grids_from_ids
+from linearize.backbones.recording import Recorder
 from linearize.backbones.saving import StudentSaving
 from linearize.errors import LinearizeError
 from linearize.layout import TILE, Layout
@@ -49,6 +50,7 @@ class LinearFluxAttention(FluxAttention):
     mixer: Mixer
     theta: int
     axes_dim: tuple[int, ...]
+    recorder: Recorder | None = None
 
     @staticmethod
     def convert(attention: FluxAttention, mixer: Mixer, pos_embed: Any) -> None:
@@ -88,27 +90,42 @@ class LinearFluxAttention(FluxAttention):
         if self.mixer.uses_hidden_states:
             joined = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
             inputs = torch.cat(joined, dim=1)
-        output = self._mix(query, key, value, image_rotary_emb, token_stream, inputs)
-        output = output.flatten(2, 3).to(query.dtype)
-        if encoder_hidden_states is None:
-            return output
-        num_text_tokens = encoder_hidden_states.shape[1]
-        text, image = output.split_with_sizes([num_text_tokens, output.shape[1] - num_text_tokens], dim=1)
+        attention = self._mix(query, key, value, image_rotary_emb, token_stream, inputs).flatten(2, 3).to(query.dtype)
+        output = (
+            attention if encoder_hidden_states is None else self._project(attention, encoder_hidden_states.shape[1])
+        )
+        if self.recorder is not None:
+            keywords = {
+                "hidden_states": hidden_states,
+                "encoder_hidden_states": encoder_hidden_states,
+                "image_rotary_emb": image_rotary_emb,
+                "token_stream": token_stream,
+            }
+            self.recorder.record(attention, keywords, output)
+        return output
+
+    def _project(self, attention: Tensor, num_text_tokens: int) -> tuple[Tensor, Tensor]:
+        """Image and text outputs of a double block."""
+        text, image = attention.split_with_sizes([num_text_tokens, attention.shape[1] - num_text_tokens], dim=1)
         return self.to_out[1](self.to_out[0](image.contiguous())), self.to_add_out(text.contiguous())
 
     def _heads(
         self, query: Tensor, key: Tensor, value: Tensor, *text: Tensor, joint: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normed query and key, and value, of all tokens: [batch, tokens, heads, head_dim]."""
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
+        query, key, value = (self._split(x) for x in (query, key, value))
         query, key = self.norm_q(query), self.norm_k(key)
         if not joint:
             return query, key, value
-        text_query, text_key, text_value = (x.unflatten(-1, (-1, self.head_dim)) for x in text)
+        text_query, text_key, text_value = (self._split(x) for x in text)
         text_query, text_key = self.norm_added_q(text_query), self.norm_added_k(text_key)
         pairs = ((text_query, query), (text_key, key), (text_value, value))
         query, key, value = (torch.cat(pair, dim=1) for pair in pairs)
         return query, key, value
+
+    def _split(self, states: Tensor) -> Tensor:
+        # Not unflatten, which torch 2.11's compiler cannot trace while a default device is set.
+        return states.view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim)
 
     def _mix(
         self,

@@ -39,7 +39,9 @@ def calibrate(module: DistillationModule, batch: Mapping[str, Any]) -> dict[str,
     noise, sigma = draw_noise(moved["latents"], keys, module.sigma)
     inputs = (add_noise(moved["latents"].float(), noise, sigma), sigma, conditioning_of(moved))
     try:
-        with torch.autocast(parameter.device.type, parameter.dtype, enabled=parameter.dtype != torch.float32):
+        # Compiled blocks would keep the hooks of their first trace.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.autocast(parameter.device.type, parameter.dtype, enabled=parameter.dtype != torch.float32):
             module.backbone.predict(module.teacher, *inputs)
     finally:
         for hook in hooks:

@@ -8,85 +8,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.layout import Layout
-from linearize.mixers import MixerContext
-
-
-@dataclass(frozen=True)
-class AttentionOutputs:
-    """What a mixer returned, [batch, heads, tokens, head_dim], and the order of its tokens."""
-
-    output: Tensor
-    layout: Layout
-
-    def in_raster_order(self) -> Tensor:
-        """[batch, tokens, channels], image tokens in raster order."""
-        return in_raster_order(self.output.transpose(1, 2).flatten(2), self.layout)
+from linearize.backbones.recording import Recorder
 
 
 @dataclass(frozen=True)
 class SiteCall:
-    """One call of a site: what it was given and what it returned."""
+    """One call of a site: its arguments by name, and what it returned as one tensor [batch, tokens, channels]."""
 
-    arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     output: Tensor
 
 
 class SiteCapture:
-    """Records attention outputs, and whole calls, of chosen sites.
+    """Records attention outputs, and whole calls, of chosen sites, by the recorders that it puts into them.
 
-    Hooks stay on the modules, so that compiled blocks contain them, but they record only inside `recording()`. Gradient
-    checkpointing recomputes in the backward pass, outside of it, and therefore stores nothing a second time. Hooks
-    compute nothing either: an operation that is not repeated in the recomputation would break it.
+    What a block computes must not change between its forward pass and its recomputation in the backward pass, so the
+    recorders go on recording after `recording()`, until the transformer's next call; whoever recomputes a block clears
+    them (`activations.py`).
 
     Args:
-        sites: All sites of one transformer by name.
-        attention: Names whose mixer's output is recorded.
-        calls: Names whose call is recorded, inputs and output.
+        transformer: The transformer.
+        sites: Its sites by name, in the order of the forward pass.
+        attention: Names whose attention output is recorded.
+        calls: Names whose call is recorded.
     """
 
-    def __init__(self, sites: Mapping[str, nn.Module], attention: set[str], calls: set[str]) -> None:
-        self._attention: dict[str, AttentionOutputs] | None = None
-        self._calls: dict[str, SiteCall] | None = None
-        for name in attention:
-            sites[name].mixer.register_forward_hook(self._attention_hook(name))  # type: ignore[union-attr, operator]
-        for name in calls:
-            sites[name].register_forward_hook(self._call_hook(name), with_kwargs=True)
+    def __init__(
+        self, transformer: nn.Module, sites: Mapping[str, nn.Module], attention: set[str], calls: set[str]
+    ) -> None:
+        self._attention, self._calls = attention, calls
+        self._recorders = {name: Recorder() for name in sites if name in attention | calls}
+        self._is_recording = False
+        for name, recorder in self._recorders.items():
+            sites[name].recorder = recorder  # type: ignore[assignment]
+        transformer.register_forward_pre_hook(self._set_flags)
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[tuple[dict[str, AttentionOutputs], dict[str, SiteCall]]]:
-        """Within the block, forward passes fill what it yields: attention outputs by site, and calls by site."""
-        self._attention, self._calls = {}, {}
+    def recording(self) -> Iterator[tuple[dict[str, Tensor], dict[str, SiteCall]]]:
+        """What forward passes within the block leave, filled when the block ends.
+
+        Yields:
+            Attention outputs by site, [batch, tokens, channels] before the output projection, and calls by site, both
+            in the order in which tokens travel through the transformer.
+        """
+        attention: dict[str, Tensor] = {}
+        calls: dict[str, SiteCall] = {}
+        self._is_recording = True
+        self._set_flags()
         try:
-            yield self._attention, self._calls
+            yield attention, calls
         finally:
-            self._attention = self._calls = None
+            self._is_recording = False
+            for name, recorder in self._recorders.items():
+                if recorder.attention is not None:
+                    attention[name] = recorder.attention
+                if recorder.call is not None:
+                    keywords, returned = recorder.call
+                    calls[name] = SiteCall(keywords, join_outputs(returned))
+                recorder.clear()
 
-    def _attention_hook(self, name: str) -> Any:
-        @torch.compiler.disable
-        def hook(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-            if self._attention is not None:
-                context = arguments[-1]
-                assert isinstance(context, MixerContext)
-                self._attention[name] = AttentionOutputs(output, context.layout)
-
-        return hook
-
-    def _call_hook(self, name: str) -> Any:
-        @torch.compiler.disable
-        def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any], output: Any) -> None:
-            if self._calls is not None:
-                self._calls[name] = SiteCall(arguments, dict(keywords), join_outputs(output))
-
-        return hook
-
-
-def in_raster_order(tokens: Tensor, layout: Layout) -> Tensor:
-    """Puts image tokens of [batch, tokens, channels] back into raster order; text tokens stay where they are."""
-    if layout.tile is None:
-        return tokens
-    return tokens[:, layout.index_to(None, tokens.device)]
+    def _set_flags(self, *_: Any) -> None:
+        for name, recorder in self._recorders.items():
+            recorder.keeps_attention = self._is_recording and name in self._attention
+            recorder.keeps_call = self._is_recording and name in self._calls
 
 
 def join_outputs(output: Any) -> Tensor:

@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from linearize.backbones import Backbone, find_backbone
+from linearize.backbones.plan import preferred_order
+from linearize.compilation import compile_blocks
+from linearize.distillation.activations import ActivationBudget
 from linearize.distillation.capture import SiteCapture, join_outputs
 from linearize.distillation.ema import ExponentialMovingAverage
 from linearize.distillation.losses import LossTerm, Observation
@@ -21,6 +24,7 @@ from linearize.distillation.stages import Stage, stage_at
 from linearize.distillation.window_dropout import WindowDropout, WindowSwitch
 from linearize.errors import LinearizeError
 from linearize.evaluation.metrics import relative_velocity_error
+from linearize.mixers import Mixer
 from linearize.surgery import is_mixer_parameter, match_layers, share_student, trained_parameters
 
 # What a batch holds beside the conditioning of `Backbone.predict`.
@@ -31,7 +35,8 @@ class DistillationModule(lightning.LightningModule):
     """Trains a student's mixers and attention projections against a frozen teacher.
 
     The teacher runs as a student with softmax in every site, which shares each of its parameters with the stock
-    transformer and computes the same bits, so that both are looked into in the same way.
+    transformer, so that both are looked into in the same way, and tokens travel through both in one order. Where that
+    is raster order, the teacher computes the stock bits.
 
     Args:
         teacher: The teacher's stock transformer, frozen.
@@ -43,7 +48,8 @@ class DistillationModule(lightning.LightningModule):
         seed: Seed of noise and noise levels.
         window_dropout: How often hybrid mixers train without their windows; never by default.
         ema_decay: Decay of the average of what trains; 0 evaluates and exports the plain weights.
-        gradient_checkpointing: Recomputes the student's blocks in the backward pass: less memory, more time.
+        activation_memory_gib: What the student's blocks may keep for the backward pass; beyond it the first of them
+            compute again. None takes what is free on the GPU, and keeps everything on a CPU.
         compile_backend: Backend for torch.compile of the blocks ("inductor"); None runs them eagerly.
         identity: What a checkpoint must agree with to be resumed, by name, for example the teacher's weight hash. JSON.
     """
@@ -60,7 +66,7 @@ class DistillationModule(lightning.LightningModule):
         seed: int = 0,
         window_dropout: WindowDropout | None = None,
         ema_decay: float = 0.999,
-        gradient_checkpointing: bool = False,
+        activation_memory_gib: float | None = None,
         compile_backend: str | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
@@ -85,11 +91,11 @@ class DistillationModule(lightning.LightningModule):
         terms = [term for stage in self.stages for term in stage.terms.values()]
         self._is_partial = dropout.is_on or any(term.before_projection for term in terms)
         self._attach_captures()
-        if gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        if compile_backend is not None:
-            for transformer in (student, cast(ModelMixin, self.teacher)):
-                transformer.compile_repeated_blocks(backend=compile_backend)
+        blocks = [student.get_submodule(name.rpartition(".")[0]) for name in self._sites]
+        self.activations = ActivationBudget(blocks, activation_memory_gib, self._pending_bytes)
+        student.enable_gradient_checkpointing(self.activations)
+        for transformer in (student, self.teacher):
+            compile_blocks(transformer, compile_backend)
 
     def _check_stages(self) -> None:
         for stage in self.stages:
@@ -108,8 +114,19 @@ class DistillationModule(lightning.LightningModule):
         transfer = {name for names in self._transfer_sites.values() for name in names}
         self._sites = self.backbone.sites(self.student)
         attention |= {name for term in terms if term.before_projection for name in self._transfer_sites[id(term)]}
-        self._teacher_capture = SiteCapture(self.backbone.sites(self.teacher), attention, transfer)
-        self._student_capture = SiteCapture(self._sites, attention, set())
+        teacher_sites = self.backbone.sites(self.teacher)
+        self._teacher_capture = SiteCapture(self.teacher, teacher_sites, attention, transfer)
+        self._student_capture = SiteCapture(self.student, self._sites, attention, set())
+        # Tokens travel through both in one order, so that what is captured is compared as it is, without a copy.
+        order = preferred_order([cast(Mixer, site.mixer) for site in self._sites.values()])
+        for site in teacher_sites.values():
+            cast(Mixer, site.mixer).token_order = order
+
+    def _pending_bytes(self) -> int:
+        """Bytes that the step will still allocate: gradients, and at first the two moments of AdamW."""
+        gradients = sum(value.nbytes for value in self.trained.values() if value.grad is None)
+        started = self._trainer is not None and any(optimizer.state for optimizer in self.trainer.optimizers)
+        return gradients if started else gradients + 2 * sum(value.nbytes for value in self.trained.values())
 
     def train(self, mode: bool = True) -> "DistillationModule":
         """Sets the student's mode; the teacher always stays in evaluation mode."""
@@ -196,26 +213,24 @@ class DistillationModule(lightning.LightningModule):
                 seen.teacher_velocity, seen.teacher_variance = self.backbone.predict_with_variance(
                     self.teacher, *inputs
                 )
-            seen.teacher_attention = {name: outputs[name].in_raster_order() for name in attention}
-            teacher_inner = {name: outputs[name].in_raster_order() for name in inner}
+            seen.teacher_attention = {name: outputs[name] for name in attention}
+            teacher_inner = {name: outputs[name] for name in inner}
         if any(term.needs_student for term in values):
             with self._student_capture.recording() as (outputs, _):
                 seen.student_velocity, seen.student_variance = self.backbone.predict_with_variance(
                     self.student, *inputs
                 )
-            seen.student_attention = {name: outputs[name].in_raster_order() for name in attention}
+            seen.student_attention = {name: outputs[name] for name in attention}
         if transfer:
             with self._student_capture.recording() as (outputs, _):
                 seen.transfer = {
                     name: (
-                        join_outputs(self._sites[name](*calls[name].arguments, **calls[name].keywords)),
+                        join_outputs(self._sites[name](**calls[name].keywords)),
                         calls[name].output,
                     )
                     for name in transfer
                 }
-            seen.transfer_attention = {
-                name: (outputs[name].in_raster_order(), output) for name, output in teacher_inner.items()
-            }
+            seen.transfer_attention = {name: (outputs[name], output) for name, output in teacher_inner.items()}
         return {name: term(seen) for name, term in terms.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

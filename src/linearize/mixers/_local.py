@@ -25,6 +25,7 @@ class LocalMixer(Mixer):
 
     Attributes:
         region: A name of `ops.regions.REGIONS`.
+        backend: Of `local_attention`; measurements set another than "auto".
 
     Raises:
         LinearizeError: The window is below 1.
@@ -32,6 +33,7 @@ class LocalMixer(Mixer):
 
     token_order = "tile"
     region: ClassVar[str]
+    backend: str = "auto"
 
     def __init__(self, shape: AttentionShape, *, window: int = 8) -> None:
         super().__init__(shape)
@@ -57,7 +59,7 @@ class LocalMixer(Mixer):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `Mixer.forward`."""
-        return self._attend(query, key, value, context, "auto")
+        return self._attend(query, key, value, context, self.backend)
 
     def reference(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `Mixer.reference`: the same on dense weights under the region's mask."""
