@@ -48,7 +48,15 @@ def swept(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tup
 def speed(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `scripts/benchmark.py suite=mixers` writes about two mixers."""
     out = tmp_path_factory.mktemp("speed") / "mixers"
-    sizes = ("sizes=[64,96]", "probe=[112,208]", "train_batch=2", "train_size=64", "warmup=0", "repeats=1")
+    sizes = (
+        "sizes=[64,96]",
+        "probe=[112,208]",
+        "train_batch=2",
+        "train_size=64",
+        "train_repeats=1",
+        "warmup=0",
+        "repeats=1",
+    )
     overrides = [f"mixers.{one}" for one in ("names=[linear,soft]", *sizes)]
     register_resolvers(ROOT)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

@@ -28,7 +28,8 @@ def on_gpu(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Overrides of a tiny run on the first GPU; its samples are generated once."""
     tiny = tiny_overrides(tiny_flux_folder, tmp_path_factory.mktemp("cache"))
     kept = [one for one in tiny if one != "trainer.accelerator=cpu" and not one.startswith("window")]
-    return [*kept, "trainer.accelerator=gpu", "trainer.devices=1", "teacher.height=64", "teacher.width=80"]
+    size = ("teacher.height=64", "teacher.width=80")
+    return [*kept, *size, "trainer.accelerator=gpu", "trainer.devices=1", "compile=false"]
 
 
 def test_a_run_in_mixed_precision_exports_the_student_that_it_trained(on_gpu, tmp_path):
@@ -62,7 +63,6 @@ def test_twenty_steps_on_the_scenes_teacher_bring_the_student_nearer(tmp_path):
     ]
     overrides += ["data.num_samples=null", "evaluation.num_prompts=16", "evaluation.num_inference_steps=4"]
     summary = train(compose_train(*overrides, "trainer.devices=1", run_dir=tmp_path))["summary"]
-    assert summary["machine"].startswith("1 x ") or torch.cuda.device_count() > 1
     assert all(0 < error < 1 for error in summary["start_errors"].values())
     assert summary["student"]["velocity_error"] < summary["untrained"]["velocity_error"]
     assert summary["samples_per_second"] > 0

@@ -31,8 +31,9 @@ class MixerSettings:
         max_sequence_length: Text tokens.
         train_batch: Pictures in a training step; 0 measures none.
         train_size: Their side in pixels.
-        warmup: Calls before the clock starts.
-        repeats: Timed calls.
+        train_repeats: Timed training steps, after one that is not.
+        warmup: Calls of a layer before the clock starts.
+        repeats: Timed calls of a layer.
     """
 
     sizes: Sequence[int]
@@ -40,6 +41,7 @@ class MixerSettings:
     max_sequence_length: int
     train_batch: int
     train_size: int
+    train_repeats: int
     warmup: int
     repeats: int
 
@@ -160,8 +162,8 @@ def _train_step(teacher: Teacher, plan: list[dict[str, Any]], settings: MixerSet
         batch=batch,
         max_sequence_length=settings.max_sequence_length,
         num_inference_steps=1,
-        warmup=settings.warmup,
-        repeats=settings.repeats,
+        warmup=1,
+        repeats=settings.train_repeats,
     )
     rows = model_rows(teacher, measured, kind="train_step", sizes=[settings.train_size], plans={"student": plan})
     row = next(row for row in rows if row["model"] == "student")
