@@ -14,6 +14,7 @@ from linearize.benchmark.attention import LayerSizes, attention_rows
 from linearize.benchmark.mixers import MixerSettings, mixer_rows
 from linearize.benchmark.model import ModelSettings, model_rows
 from linearize.benchmark.plot import plot_attention
+from linearize.benchmark.scans import ScanSizes, scan_rows
 from linearize.config import build_teacher, plain
 from linearize.evaluation.environment import command, machine, versions
 from linearize.evaluation.tables import markdown_table
@@ -36,6 +37,8 @@ _COLUMNS = {
     "x teacher": ("ratio_to_teacher", 1),
     "visited / exact": ("visited_over_exact", 1),
     "ps / pair": ("picoseconds_per_visited_pair", 1),
+    "TFLOP/s": ("tflops_per_second", 1),
+    "GB/s": ("gb_per_second", 1),
     "attention GFLOPs": ("attention_gflops", 1),
     "samples / s": ("samples_per_second", 1),
     "parity error": ("parity_error", 1),
@@ -93,6 +96,12 @@ def _attention(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]
     return attention_rows(LayerSizes(**settings, dtype=dtype, device=device), **axes)
 
 
+def _scans(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+    settings = plain(cfg.scans)
+    axes = {name: settings.pop(name) for name in ("sides", "kernels", "passes")}
+    return scan_rows(ScanSizes(**settings, dtype=resolve_dtype(cfg.dtype, device), device=device), **axes)
+
+
 def _mixers(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
     settings = plain(cfg.mixers)
     return mixer_rows(build_teacher(cfg), settings.pop("names") or mixer_names(), MixerSettings(**settings))
@@ -106,7 +115,7 @@ def _model(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 # What has settings of its own; every other suite measures whole models.
-_LAYER_SUITES = {"attention": _attention, "mixers": _mixers}
+_LAYER_SUITES = {"attention": _attention, "scans": _scans, "mixers": _mixers}
 
 
 def _shown(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
