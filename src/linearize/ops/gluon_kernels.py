@@ -18,6 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Gluon is young: triton 3.9 gives these other names.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
 _WIDTH = gl.constexpr(16)
 _SEGMENT_FIELDS = gl.constexpr(5)
 _ENTRY_FIELDS = gl.constexpr(4)
@@ -51,8 +56,8 @@ def _copy(
 ):
     """Fetches the queries, then the keys and values of all entries, as room for them becomes free."""
     mbarrier.expect(query_full, 2 * query.block_type.nbytes)
-    tma.async_copy_global_to_shared(query, [query_row, query_column], query_full, queries.index(0))
-    tma.async_copy_global_to_shared(query, [query_row + 64, query_column], query_full, queries.index(1))
+    _load(query, [query_row, query_column], query_full, queries.index(0))
+    _load(query, [query_row + 64, query_column], query_full, queries.index(1))
     for i in range(begin, end):
         stage = (i - begin) % STAGES
         # Barriers count rounds of the ring; the first round finds it empty.
@@ -60,12 +65,10 @@ def _copy(
         start = gl.load(entries + i * _ENTRY_FIELDS + 1)
         mbarrier.wait(key_empty.index(stage), free)
         mbarrier.expect(key_full.index(stage), key.block_type.nbytes)
-        tma.async_copy_global_to_shared(key, [key_row + start, key_column], key_full.index(stage), keys.index(stage))
+        _load(key, [key_row + start, key_column], key_full.index(stage), keys.index(stage))
         mbarrier.wait(value_empty.index(stage), free)
         mbarrier.expect(value_full.index(stage), value.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            value, [value_row + start, value_column], value_full.index(stage), values.index(stage)
-        )
+        _load(value, [value_row + start, value_column], value_full.index(stage), values.index(stage))
 
 
 @gluon.jit
@@ -236,7 +239,8 @@ def _consume(
         # The queries are used up, so their room serves the way out.
         query.store(acc.to(query.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(output, [output_row + start + half * 64, output_column], query)
+        _barrier()
+        _store(output, [output_row + start + half * 64, output_column], query)
         tma.store_wait(0)
     else:
         base = (place * lanes + lane).to(gl.int64) * 128

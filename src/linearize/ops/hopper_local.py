@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.layout import TILE, Layout
 from linearize.ops.block_tables import BLOCK, BlockTables
 
 HEAD_DIMS = (64, 128)
@@ -19,8 +20,22 @@ _HALF = BLOCK // 2
 _STAGES = 2
 
 
+def planes_for(tensors: Sequence[Tensor], layout: Layout) -> list[Plane] | None:
+    """Tensors [batch, heads, tokens, head_dim] as the kernel reads them, or None where it cannot compute a call.
+
+    It takes whole blocks on a Hopper GPU, and tokens that lie in planes.
+    """
+    sides = [(grid.height % TILE[0], grid.width % TILE[1]) for grid in layout.grids]
+    whole = layout.num_text_tokens % BLOCK == 0 and not any(map(any, sides))
+    if not whole or tensors[0].shape[-1] not in HEAD_DIMS or not _is_hopper(tensors[0].device):
+        return None
+    planes = [_plane(states) for states in tensors]
+    found = [plane for plane in planes if plane is not None]
+    return found if len(found) == len(planes) else None
+
+
 @lru_cache(maxsize=16)
-def has_hopper_kernel(device: torch.device) -> bool:
+def _is_hopper(device: torch.device) -> bool:
     """Whether this is a Hopper GPU and the installed triton has Gluon's operations for it."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
@@ -30,16 +45,8 @@ def has_hopper_kernel(device: torch.device) -> bool:
         return False
 
 
-def takes(tensors: Sequence[Tensor], tables: BlockTables) -> bool:
-    """Whether the kernel can compute a call: whole blocks, and tokens that lie in planes."""
-    return tables.whole and tensors[0].shape[-1] in HEAD_DIMS and all(_plane(states) is not None for states in tensors)
-
-
 def launch_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
+    planes: Sequence[Plane],
     lse: Tensor,
     partial: Tensor,
     partial_lse: Tensor,
@@ -48,22 +55,23 @@ def launch_forward(
     window: int,
     scale: float,
 ) -> None:
-    """See `gluon_kernels.forward_kernel`; `scale` is for powers of 2."""
+    """See `gluon_kernels.forward_kernel`.
+
+    Planes are those of query, key, value and output, tables list units of whole blocks, and `scale` is for powers of 2.
+    """
     from linearize.ops.gluon_kernels import forward_kernel
 
-    batch, num_heads, num_tokens, head_dim = query.shape
-    planes = [_plane(states) for states in (query, key, value, output)]
-    rows = (_HALF, BLOCK, BLOCK, _HALF)
+    batch, num_heads, num_tokens, head_dim = planes[0].states.shape
     lanes, num_segments = batch * num_heads, len(tables.segments)
     forward_kernel[(num_segments * lanes,)](
-        *(plane.descriptor(size) for plane, size in zip(planes, rows, strict=True) if plane is not None),
+        *(plane.descriptor(size) for plane, size in zip(planes, (_HALF, BLOCK, BLOCK, _HALF), strict=True)),
         lse,
         partial,
         partial_lse,
         tables.blocks,
         tables.segments,
         tables.entries,
-        *(step for plane in planes if plane is not None for step in (plane.batch, plane.head, plane.channel)),
+        *(step for plane in planes for step in (plane.batch, plane.head, plane.channel)),
         num_heads,
         num_tokens,
         tables.num_text_segments,
@@ -79,7 +87,7 @@ def launch_forward(
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """[batch, heads, tokens, head_dim] as a matrix: where row and column of a batch and head start."""
 
     states: Tensor
@@ -92,16 +100,22 @@ class _Plane:
 
     def descriptor(self, num_rows: int) -> Any:
         """For boxes of `num_rows` tokens of one head."""
-        from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         box = [num_rows, self.states.shape[-1]]
-        element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[self.states.dtype]
-        layout = gl.NVMMASharedLayout.get_default_for(box, element)
+        layout = _shared_layout(*box, self.states.dtype)
         return TensorDescriptor(self.states, [self.num_rows, self.num_columns], [self.row_stride, 1], box, layout)
 
 
-def _plane(states: Tensor) -> _Plane | None:
+@lru_cache(maxsize=64)
+def _shared_layout(num_rows: int, num_columns: int, dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([num_rows, num_columns], element)
+
+
+def _plane(states: Tensor) -> Plane | None:
     """The plane of a tensor in which heads lie in columns (token-major) or in rows (head-major), or None."""
     batch, num_heads, num_tokens, head_dim = states.shape
     by_batch, by_head, row, last = states.stride()
@@ -114,4 +128,4 @@ def _plane(states: Tensor) -> _Plane | None:
     head, channel = (0, by_head) if in_columns else (by_head // row, 0)
     num_rows = (batch - 1) * (by_batch // row) + (num_heads - 1) * head + num_tokens
     num_columns = (num_heads - 1) * channel + head_dim
-    return _Plane(states, num_rows, num_columns, row, by_batch // row, head, channel)
+    return Plane(states, num_rows, num_columns, row, by_batch // row, head, channel)

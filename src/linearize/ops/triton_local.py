@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
-from linearize.ops.block_tables import BlockTables, block_tables
+from linearize.ops.block_tables import BLOCK, BlockTables, block_tables
 from linearize.ops.dense_attention import match_heads
-from linearize.ops.hopper_local import has_hopper_kernel, launch_forward, takes
+from linearize.ops.hopper_local import launch_forward, planes_for
 from linearize.ops.regions import REGIONS, Region
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -34,7 +34,8 @@ class Tiling:
     num_stages: int
 
 
-FORWARD = Tiling(128, 64, 4, 2)
+# The Hopper kernel takes queries as this does, and keys by whole blocks.
+FORWARD = Tiling(BLOCK, 64, 4, 2)
 QUERY_GRADIENT = Tiling(64, 64, 4, 2)
 KEY_GRADIENT = Tiling(64, 64, 4, 2)
 
@@ -104,15 +105,16 @@ def _attention(
     call = _Call(query, num_text_tokens, text_first, grids, region, window)
     query, key, value = (_rows(states) for states in (query, key, value))
     output, lse = _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    tables = call.tables(FORWARD.queries, FORWARD.keys)
-    partial, partial_lse = call.partials(tables, FORWARD.queries), call.partials(tables, FORWARD.queries, 1)
-    tensors, strided = (query, key, value, output, lse, partial, partial_lse), (query, key, value, output)
-    if has_hopper_kernel(query.device) and takes(strided, tables):
-        launch_forward(*tensors, tables, region, window, scale * _LOG2E)
+    strided = (query, key, value, output)
+    planes = planes_for(strided, call.layout)
+    tables = call.tables(FORWARD.queries, FORWARD.keys if planes is None else BLOCK)
+    results = (lse, call.partials(tables, FORWARD.queries), call.partials(tables, FORWARD.queries, 1))
+    if planes is not None:
+        launch_forward(planes, *results, tables, region, window, scale * _LOG2E)
     else:
-        call.launch(_forward_kernel(), FORWARD, tables, tensors, strided, (scale * _LOG2E,))
+        call.launch(_forward_kernel(), FORWARD, tables, (*strided, *results), strided, (scale * _LOG2E,))
     if tables.num_splits > 1:
-        text, text_lse = _merge(_split(partial, tables), _split(partial_lse, tables))
+        text, text_lse = _merge(*(_split(partial, tables) for partial in results[1:]))
         call.put_text(output, text)
         call.put_text(lse[..., None], text_lse)
     return output, lse
