@@ -7,7 +7,6 @@ from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
 from linearize.layout import TILE, Grid, Layout
 from linearize.mixers import AttentionShape, build_mixer
-from linearize.mixers._joint import Tokens
 from linearize.mixers.clear import ClearMixer
 from linearize.mixers.linear import LinearMixer
 from linearize.mixers.lolcats import LolcatsMixer
@@ -66,20 +65,6 @@ def test_the_published_mix_depends_on_the_largest_score_and_ours_does_not():
     assert difference > 0.05
     mass = LolcatsMixer(SHAPE, window=3, variant="paper")
     torch.testing.assert_close(mass.window_factor.sigmoid(), torch.full((2,), 0.1))
-
-
-def test_calibration_gives_the_complement_the_teachers_mass():
-    query, key, value = (states.detach() for states in random_tokens(LAYOUT))
-    context = flux_context(LAYOUT)
-    mixer = LolcatsMixer(SHAPE, window=4).double()
-    mixer.calibrate(query, key, value, context)
-    with torch.no_grad():
-        tokens = Tokens.of(query, key, value, context)
-        exact, part = mixer.image_parts(mixer.features(tokens), tokens)
-        scaled = part.scaled(mixer.log_scale)
-        ours = (scaled.mass.log() + scaled.log_scale - exact.log_mass).sigmoid().mean(dim=(0, 2, 3))
-        teacher = (1 - (exact.log_mass - mixer._log_mass_of_teacher(tokens)).exp()).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(ours, teacher)
 
 
 def test_parameters_are_few_and_as_published():

@@ -8,7 +8,6 @@ from linearize.layout import Layout
 from linearize.mixers._gated import GatedMixer
 from linearize.mixers._joint import Tokens
 from linearize.mixers._window import window_attention
-from linearize.mixers.base import MixerContext
 from linearize.ops.linear_attention import exact_text_flops
 from linearize.ops.tile_states import window_flops
 
@@ -50,10 +49,11 @@ class ConvexMixer(GatedMixer):
         linear = super().dense_mix(tokens)
         return linear if self.branches == "linear" else self.combine(linear, self.dense_window(tokens))
 
-    def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
-        """See `JointMixer.calibrate`: the linear branch against its own exact text."""
-        if self.branches != "window":
-            super().calibrate(query, key, value, context)
+    def complete_images(self, output: Tensor, tokens: Tokens) -> Tensor:
+        """See `JointMixer.complete_images`."""
+        if self.branches == "linear":
+            return output
+        return self.combine(output, self.attend_window(tokens)[:, :, tokens.image])
 
     def branch_flops(self, layout: Layout, num_features: int) -> int:
         """Operations of both branches in one head; where both see text by softmax, both count."""

@@ -14,6 +14,7 @@ from linearize.layout import Layout
 from linearize.mixers.base import AttentionShape, Mixer, MixerContext
 from linearize.ops.dense_attention import match_heads
 from linearize.ops.feature_maps import Features
+from linearize.ops.least_squares import least_error_weight
 from linearize.ops.linear_attention import (
     LinearPart,
     SoftmaxPart,
@@ -31,8 +32,6 @@ from linearize.ops.rotary import rotate_features
 
 TEXT = ("exact", "state")
 ROPE = ("before_map", "after_map", "none")
-# Queries of one block when the teacher's masses are measured.
-QUERIES_PER_BLOCK = 1024
 
 
 def check_choice(mixer: str, name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -254,13 +253,20 @@ class JointMixer(Mixer):
             return join(exact, part)
         return part.numerator * part.log_scale.exp()
 
+    def joined_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:
+        """What image tokens see by softmax, and all that they see by linear attention, before `log_scale`."""
+        exact, part = self.image_parts(pair, tokens)
+        if self.text == "exact":
+            return exact, part
+        image, text = tokens.image, tokens.text
+        from_text = self.attend(pair.at(image, text), tokens.value[:, :, text], tokens.mask_of(text))
+        mass = part.mass + from_text.mass
+        return exact, part._replace(numerator=part.numerator + from_text.numerator, mass=mass)
+
     def mix(self, tokens: Tokens) -> Tensor:
         """The output of all tokens."""
-        pair, image, text, context = self.features(tokens), tokens.image, tokens.text, tokens.context
-        exact, part = self.image_parts(pair, tokens)
-        if self.text == "state":
-            from_text = self.attend(pair.at(image, text), tokens.value[:, :, text], tokens.mask_of(text))
-            part = part._replace(numerator=part.numerator + from_text.numerator, mass=part.mass + from_text.mass)
+        pair, text, context = self.features(tokens), tokens.text, tokens.context
+        exact, part = self.joined_parts(pair, tokens)
         if self.has_log_scale:
             part = part.scaled(self.log_scale)
         output = self.add_to_images(self.normalise(exact, part), tokens)
@@ -306,31 +312,21 @@ class JointMixer(Mixer):
         for_text = linear_attention_flops(text, layout.num_image_tokens, num_features, head_dim)
         return for_text + linear_attention_flops(layout.num_tokens, text, num_features, head_dim)
 
+    def complete_images(self, output: Tensor, tokens: Tokens) -> Tensor:
+        """What becomes of the joined output of image tokens; affine in it, so that errors can be told beforehand."""
+        return self.add_to_images(output, tokens)
+
     @torch.no_grad()
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
-        """See `Mixer.calibrate`: `log_scale` gives the linear branch the mass that the teacher has on its keys."""
-        tokens = Tokens.of(query, key, value, context)
-        exact, part = self.image_parts(self.features(tokens), tokens)
-        if exact is None or not self.has_log_scale:
+        """See `Mixer.calibrate`: `log_scale` brings the output of image tokens as near to the teacher's as it can."""
+        if not self.has_log_scale:
             return
-        everything = self._log_mass_of_teacher(tokens)
-        target = (1 - (exact.log_mass - everything).exp()).clamp(0, 1).mean(dim=(0, 2, 3))
+        tokens = Tokens.of(query, key, value, context)
+        exact, part = self.joined_parts(self.features(tokens), tokens)
+        if exact is None:
+            return
         tiny = torch.finfo(part.mass.dtype).tiny
-        log_mass = part.mass.mean(dim=-1, keepdim=True).clamp(min=tiny).log() + part.log_scale
-        low, high = (torch.full_like(target, bound) for bound in (-60.0, 60.0))
-        for _ in range(50):
-            middle = (low + high) / 2
-            share = (log_mass + middle[:, None, None] - exact.log_mass).sigmoid().mean(dim=(0, 2, 3))
-            low, high = torch.where(share < target, middle, low), torch.where(share < target, high, middle)
-        self.log_scale.copy_((low + high) / 2)
-
-    def _log_mass_of_teacher(self, tokens: Tokens) -> Tensor:
-        """Logarithm of sum_j exp(s_ij) of image tokens over all keys, [batch, heads, image tokens, 1]."""
-        query, key = tokens.rotated
-        masses = []
-        for block in query[:, :, tokens.image].split(QUERIES_PER_BLOCK, dim=2):
-            scores = block @ key.transpose(-1, -2) * tokens.context.scale
-            if tokens.context.key_mask is not None:
-                scores = scores.masked_fill(~tokens.context.key_mask[:, None, None], -torch.inf)
-            masses.append(scores.logsumexp(dim=-1, keepdim=True))
-        return torch.cat(masses, dim=2)
+        log_ratio = part.mass.clamp(min=tiny).log() + part.log_scale - exact.log_mass
+        base, other = (self.complete_images(output, tokens) for output in (exact.output, join(None, part)))
+        wanted = widen(context.softmax(*tokens.given_rotated))[:, :, tokens.image]
+        self.log_scale.copy_(least_error_weight(log_ratio, base, other, wanted))

@@ -36,7 +36,7 @@ class LolcatsMixer(JointMixer):
 
     where F_i and f_i are the state [num_features, head_dim] and its mass of the tokens outside of A(i), from the states
     of tiles, at linear cost. phi(x) = [softmax(xW), softmax(-xW)], with W [heads, head_dim, width] for query and key;
-    c [heads] weighs the linear branch, and calibration gives it the teacher's mass outside of A. Text sees everything
+    c [heads] weighs the linear branch, and calibration brings it as near to the teacher as it can. Text sees everything
     by softmax, or is part of the linear attention with text="state". A window over the picture is the teacher.
 
     Paper and code multiply the window by e^-max and not the linear part, so that the mix depends on each row's largest
