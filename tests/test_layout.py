@@ -65,3 +65,20 @@ def test_tables_first_made_in_inference_mode_can_be_trained_with():
 def test_an_empty_grid_is_refused():
     with pytest.raises(LinearizeError, match="at least one token"):
         Grid(0, 4)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compilers_take_orders_as_constants(dynamic):
+    torch.compiler.reset()
+
+    def reorder(tokens, grid):
+        raster = Layout(2, (grid,))
+        tiled = tokens[raster.index_to(TILE, tokens.device)]
+        return tiled, tiled[raster.with_tile(TILE).index_to(None, tokens.device)]
+
+    compiled = torch.compile(reorder, fullgraph=True, backend="eager", dynamic=dynamic)
+    for grid in (Grid(9, 20), Grid(20, 9), Grid(3, 4), Grid(9, 20)):
+        tokens = torch.randn(2 + grid.num_tokens)
+        tiled, back = compiled(tokens, grid)
+        assert torch.equal(tiled, tokens[Layout(2, (grid,)).index_to(TILE)])
+        assert torch.equal(back, tokens)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from linearize.errors import LinearizeError
 # Height and width of a tile in tokens. 128 tokens are one block of GPU kernels; as a tile they lie closer together
 # than in a row, so that a disc touches up to 3.5 times fewer blocks.
 TILE = (8, 16)
+
+# Text tokens; height, width and frames of each grid; whether text is first; the tile.
+Numbers = tuple[int, tuple[tuple[int, int, int], ...], bool, tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,31 @@ class Layout:
 
     def with_tile(self, tile: tuple[int, int] | None) -> Layout:
         """The same tokens in another order."""
-        return replace(self, tile=tile)
+        return Layout(self.num_text_tokens, self.grids, self.text_first, tile)
 
     def raster_to_tile(self, device: torch.device | str = "cpu") -> Tensor:
         """Index [num_image_tokens] from raster order to this layout's: `tokens[index]`. Not to be written to."""
-        return _raster_to_tile(self.grids, self.tile, torch.device(device))
+        return Layout(0, self.grids).index_to(self.tile, device)
 
     def tile_to_raster(self, device: torch.device | str = "cpu") -> Tensor:
         """Index [num_image_tokens] from this layout's order to raster order. Not to be written to."""
-        return _tile_to_raster(self.grids, self.tile, torch.device(device))
+        return Layout(0, self.grids, tile=self.tile).index_to(None, device)
 
     def index_to(self, tile: tuple[int, int] | None, device: torch.device | str = "cpu") -> Tensor:
         """Index [num_tokens] from this layout's order to that of `with_tile(tile)`. Not to be written to."""
-        return _index_between(self, tile, torch.device(device))
+        return _constant_index(self.numbers(), tile, torch.device(device))
+
+    def numbers(self) -> Numbers:
+        """What `from_numbers` makes the same layout of."""
+        # Under a compiler's dynamic shapes a size may be a symbol, which `index` settles.
+        sizes = tuple((index(grid.height), index(grid.width), index(grid.frames)) for grid in self.grids)
+        return index(self.num_text_tokens), sizes, self.text_first, self.tile
+
+    @staticmethod
+    def from_numbers(numbers: Numbers) -> Layout:
+        """The layout that `numbers` told."""
+        num_text_tokens, sizes, text_first, tile = numbers
+        return Layout(num_text_tokens, tuple(Grid(*size) for size in sizes), text_first, tile)
 
 
 def tile_spans(length: int, size: int) -> list[tuple[int, int]]:
@@ -108,36 +124,30 @@ def _tiles_of(tokens: Tensor, grid: Grid, tile: tuple[int, int] | None) -> list[
     ]
 
 
-# The tables are built outside inference mode, as one that is first made while sampling is used for training later, and
-# outside compilers, which would unroll them.
-
-
-@torch.compiler.disable
-@lru_cache(maxsize=64)
-def _raster_to_tile(grids: tuple[Grid, ...], tile: tuple[int, int] | None, device: torch.device) -> Tensor:
+# To a compiler the index is a constant, which it does not see built. It hands over numbers, as it knows no objects that
+# came to be while it traced.
+@torch.compiler.assume_constant_result
+def _constant_index(numbers: Numbers, tile: tuple[int, int] | None, device: torch.device) -> Tensor:
+    # What sampling needed first is used for training later.
     with torch.inference_mode(False):
-        parts: list[Tensor] = []
-        offset = 0
-        for grid in grids:
-            tokens = torch.arange(grid.num_tokens, device="cpu").view(grid.frames, grid.height, grid.width)
-            parts.extend(part + offset for part in _tiles_of(tokens, grid, tile))
-            offset += grid.num_tokens
-        return torch.cat(parts).to(device)
+        return _index_between(Layout.from_numbers(numbers), tile, device)
 
 
-@torch.compiler.disable
-@lru_cache(maxsize=64)
-def _tile_to_raster(grids: tuple[Grid, ...], tile: tuple[int, int] | None, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.argsort(_raster_to_tile(grids, tile, torch.device("cpu"))).to(device)
-
-
-@torch.compiler.disable
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=192)
 def _index_between(layout: Layout, tile: tuple[int, int] | None, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        image = layout.tile_to_raster()[layout.with_tile(tile).raster_to_tile()]
-        text = torch.arange(layout.num_text_tokens, device="cpu")
-        if layout.text_first:
-            return torch.cat([text, image + layout.num_text_tokens]).to(device)
-        return torch.cat([image, text + layout.num_image_tokens]).to(device)
+    image = torch.argsort(_raster_to(layout.grids, layout.tile))[_raster_to(layout.grids, tile)]
+    text = torch.arange(layout.num_text_tokens, device="cpu")
+    if layout.text_first:
+        return torch.cat([text, image + layout.num_text_tokens]).to(device)
+    return torch.cat([image, text + layout.num_image_tokens]).to(device)
+
+
+def _raster_to(grids: tuple[Grid, ...], tile: tuple[int, int] | None) -> Tensor:
+    """Index [image tokens] from raster order to the order of a tile."""
+    parts: list[Tensor] = []
+    offset = 0
+    for grid in grids:
+        tokens = torch.arange(grid.num_tokens, device="cpu").view(grid.frames, grid.height, grid.width)
+        parts.extend(part + offset for part in _tiles_of(tokens, grid, tile))
+        offset += grid.num_tokens
+    return torch.cat(parts)

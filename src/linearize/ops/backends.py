@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.ops import flex, natten
+from linearize.ops import flex, natten, triton_local
 from linearize.ops.constant_tables import constant_table
 from linearize.ops.disc import disc_covers
 from linearize.ops.halo import halo_attention
@@ -74,9 +74,10 @@ BACKENDS: dict[str, Backend] = {
     "halo": Backend(halo_attention, _never),
     "flex": Backend(flex.flex_local_attention, flex.refusal),
     "natten": Backend(natten.natten_attention, natten.refusal),
+    "triton": Backend(triton_local.triton_attention, triton_local.refusal),
 }
 # What `auto` asks, by type of device; the first that does not refuse serves, and the last one never refuses.
-PREFERENCE = {"cuda": ("dense", "flex", "halo")}
+PREFERENCE = {"cuda": ("dense", "triton", "flex", "halo")}
 ELSEWHERE = ("dense", "halo")
 
 
