@@ -1,0 +1,85 @@
+"""The Triton kernels compute the definition of local attention, forward and backward."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from linearize.errors import LinearizeError
+from linearize.layout import TILE, Grid
+from linearize.ops.local_attention import local_attention
+from linearize.ops.triton_local import _attention, _attention_backward, refusal
+from ops.triton_parity import CASES, parity
+
+# The interpreter needs no GPU; where there is one, the kernels themselves are tested.
+interpreter = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton, and no GPU"
+)
+
+
+@interpreter
+def test_kernels_by_the_interpreter_are_exact_in_float32():
+    script = Path(__file__).with_name("triton_parity.py")
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split("\t") for line in run.stdout.splitlines() if "\t" in line]
+    assert [row[0] for row in rows] == [*CASES, "in parts"]
+    for name, *errors in rows:
+        assert len(errors) == 4 and max(map(float, errors)) < 2e-6, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("name", list(CASES))
+def test_kernels_on_a_gpu_are_as_exact_as_their_dtype(name, head_dim, dtype):
+    rounding = {torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+    assert max(parity(name, heads=3, head_dim=head_dim, dtype=dtype, device="cuda", batch=2)) < rounding
+
+
+@pytest.mark.gpu
+def test_operators_satisfy_torchs_own_checks():
+    states = [torch.randn(1, 210, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+    states = [tensor.requires_grad_() for tensor in states]
+    rest = (82, True, [8, 16], "disc", 4, 0.125)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(_attention, (*states, *rest), test_utils=checks)
+    output, lse = _attention(*states, *rest)
+    detached = [tensor.detach() for tensor in (output, *states, output, lse)]
+    torch.library.opcheck(_attention_backward, (*detached, *rest), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.gpu
+def test_a_compiled_caller_has_no_graph_break_and_the_same_numbers():
+    def call(query, key, value):
+        return local_attention(
+            query * 1, key, value, grid=Grid(16, 32), window=5, num_text_tokens=128, tile=TILE, backend="triton"
+        )
+
+    states = [torch.randn(1, 2, 640, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    compiled = torch.compile(call, fullgraph=True)
+    assert torch.equal(compiled(*states), call(*states))
+
+
+def test_a_machine_or_a_call_that_the_kernels_do_not_take_is_told():
+    states = torch.randn(1, 2, 40, 16)
+    assert refusal(states) in ("it needs the package triton", "it needs a GPU")
+    with pytest.raises(LinearizeError, match=r"backend='triton' cannot run this call: it needs .*; choose auto, naive"):
+        local_attention(states, states, states, grid=Grid(5, 7), window=2, num_text_tokens=5, backend="triton")
+
+
+@pytest.mark.gpu
+def test_dtypes_and_heads_that_the_kernels_do_not_take_are_told():
+    states = torch.randn(1, 2, 40, 64, device="cuda")
+    assert refusal(states) == "it takes bfloat16 and float16, not float32"
+    assert refusal(states[..., :48].bfloat16()) == "it takes heads of 32, 64, 128 channels, not 48"
+    assert refusal(states.bfloat16()) is None

@@ -1,0 +1,55 @@
+"""Compares the Triton kernels with the definition, forward and backward: run on a GPU, or by Triton's interpreter.
+
+    TRITON_INTERPRET=1 python tests/ops/triton_parity.py
+
+Prints one line for each case: name, then the relative errors of the output and the gradients of query, key and value.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from linearize.layout import TILE, Grid, Layout
+from linearize.ops import block_tables
+from linearize.ops.naive import naive_attention
+from linearize.ops.regions import REGIONS
+from linearize.ops.triton_local import triton_attention
+
+# grids, text tokens, text first, order, region, window; ragged and whole tiles, none and several images
+CASES = {
+    "ragged": ((Grid(9, 37),), 5, True, TILE, "disc", 5),
+    "whole": ((Grid(16, 32),), 128, True, TILE, "disc", 6),
+    "two images": ((Grid(11, 20), Grid(7, 17)), 0, True, TILE, "neighborhood", 3),
+    "text last": ((Grid(9, 37),), 130, False, TILE, "tiles", 3),
+    "raster": ((Grid(10, 21),), 7, True, None, "disc", 4),
+    "whole neighborhood": ((Grid(16, 32),), 0, True, TILE, "neighborhood", 4),
+}
+
+
+def parity(name: str, *, heads: int, head_dim: int, dtype: torch.dtype, device: str, batch: int = 1) -> list[float]:
+    """Relative errors of output and gradients against float64 on the same numbers."""
+    grids, num_text_tokens, text_first, tile, region, window = CASES[name]
+    layout = Layout(num_text_tokens, grids, text_first, tile)
+    call = {"layout": layout, "region": REGIONS[region](window), "scale": head_dim**-0.5}
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(batch, layout.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
+    query, key, value, weight = (states.to(device, dtype).transpose(1, 2) for states in drawn)
+    results = []
+    for attend, convert in ((triton_attention, lambda x: x), (naive_attention, lambda x: x.cpu().double())):
+        states = [convert(tensor).detach().requires_grad_() for tensor in (query, key, value)]
+        output = attend(*states, **call)
+        results.append([output.detach(), *torch.autograd.grad(output, states, convert(weight))])
+    return [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
+
+
+def interpreted() -> Iterator[tuple[str, list[float]]]:
+    """Every case on the CPU, and text's lists in parts."""
+    for name in CASES:
+        yield name, parity(name, heads=1, head_dim=16, dtype=torch.float32, device="cpu")
+    block_tables._SHORTEST = 2
+    yield "in parts", parity("whole", heads=2, head_dim=16, dtype=torch.float32, device="cpu")
+
+
+if __name__ == "__main__":
+    for case, errors in interpreted():
+        print(case, *errors, sep="\t")
