@@ -132,8 +132,12 @@ class ProcessesLauncher(Launcher):
         """Runs the jobs of one batch of the sweep.
 
         Raises:
+            LinearizeError: `jobs_per_device` is no number of jobs.
             SystemExit: Some failed; the message names them.
         """
+        from linearize.data.settings import require_positive
+
+        require_positive("hydra.launcher.jobs_per_device", self.jobs_per_device)
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         shared = [one for one in job_overrides[0] if all(one in overrides for overrides in job_overrides)]
@@ -157,7 +161,7 @@ class ProcessesLauncher(Launcher):
             config.hydra.job.id = config.hydra.job.num = number
             folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
             del config["hydra"]
-        return Job(" ".join(own) or f"#{number}", overrides, folder.absolute(), config)
+        return Job(" ".join(own) or folder.name, overrides, folder.absolute(), config)
 
     def _run(self, waiting: list[Job]) -> dict[str, str]:
         """Runs the jobs, and returns the last line of those that failed."""
