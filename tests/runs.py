@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from torch import Tensor
 
 from linearize.config import register_resolvers
+from linearize.distillation.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,3 +59,31 @@ class InterruptAt(lightning.Callback):
         if trainer.global_step == self.step - 1 and not self.pressed:
             self.pressed = True
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def last(run_dir: Path) -> dict[str, Any]:
+    return read_checkpoint(run_dir / "checkpoints" / "last.safetensors")
+
+
+def assert_equal_states(first: Any, second: Any, path: str = "") -> None:
+    assert type(first) is type(second), path
+    if isinstance(first, Tensor):
+        assert torch.equal(first, second), path
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key, value in first.items():
+            assert_equal_states(value, second[key], f"{path}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), path
+        for number, (one, other) in enumerate(zip(first, second, strict=True)):
+            assert_equal_states(one, other, f"{path}/{number}")
+    else:
+        assert first == second, path
+
+
+def assert_same_training(first: Path, second: Path) -> None:
+    """Weights, average, optimizer, schedule, generators, data position: equal bit for bit in both last checkpoints."""
+    one, other = last(first), last(second)
+    assert one["global_step"] == other["global_step"]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "linearize", "SampleDataModule"):
+        assert_equal_states(one[key], other[key], key)

@@ -11,18 +11,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
-from linearize.distillation.checkpoint import SafetensorsCheckpointIO, read_checkpoint
+from linearize.distillation.checkpoint import SafetensorsCheckpointIO
 from linearize.errors import LinearizeError
 from linearize.export import load_pipeline
 from linearize.train import train
-from runs import ROOT, compose_train, tiny_overrides
+from runs import ROOT, assert_same_training, compose_train, last, tiny_overrides
 
 BARE = ("evaluate=false", "export=null", "logger=none", "callbacks.progress.every_n_steps=1")
 
@@ -31,34 +29,6 @@ BARE = ("evaluate=false", "export=null", "logger=none", "callbacks.progress.ever
 def tiny(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of a tiny run; its samples are generated once."""
     return tiny_overrides(tiny_flux_folder, tmp_path_factory.mktemp("cache"))
-
-
-def last(run_dir: Path) -> dict[str, Any]:
-    return read_checkpoint(run_dir / "checkpoints" / "last.safetensors")
-
-
-def assert_equal_states(first: Any, second: Any, path: str = "") -> None:
-    assert type(first) is type(second), path
-    if isinstance(first, Tensor):
-        assert torch.equal(first, second), path
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), path
-        for key, value in first.items():
-            assert_equal_states(value, second[key], f"{path}/{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), path
-        for number, (one, other) in enumerate(zip(first, second, strict=True)):
-            assert_equal_states(one, other, f"{path}/{number}")
-    else:
-        assert first == second, path
-
-
-def assert_same_training(first: Path, second: Path) -> None:
-    """Weights, average, optimizer, schedule, generators, data position: equal bit for bit in both last checkpoints."""
-    one, other = last(first), last(second)
-    assert one["global_step"] == other["global_step"]
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "linearize", "SampleDataModule"):
-        assert_equal_states(one[key], other[key], key)
 
 
 def test_a_whole_run_leaves_what_it_promises(tiny: list[str], tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ def build_module(
         window_dropout=WindowDropout(**plain(cfg.window_dropout)),
         ema_decay=cfg.ema_decay,
         activation_memory_gib=activation_budget(cfg),
+        optimizer_in_backward=cfg.optimizer_in_backward,
         compile_backend=compile_backend(cfg.compile, transformer.device),
         identity={
             "teacher": f"{teacher.name} with weights {teacher.weight_hash[:12]}",

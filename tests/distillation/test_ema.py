@@ -21,11 +21,13 @@ def test_the_average_follows_its_rule() -> None:
     torch.testing.assert_close(ema.average["weight"], torch.full((2, 3), expected))
 
 
-def test_a_decay_of_zero_is_a_copy() -> None:
+def test_a_decay_of_zero_keeps_nothing() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     ema = ExponentialMovingAverage({"weight": parameter}, decay=0.0)
     moved(parameter, ema, [1.0, 5.0])
-    assert torch.equal(ema.average["weight"], parameter.detach())
+    assert ema.state_dict() == {"num_updates": 2, "average": {}}
+    with ema.applied():
+        assert torch.equal(parameter.detach(), torch.full((3,), 5.0))
 
 
 def test_applied_puts_the_average_in_place_and_takes_it_away() -> None:

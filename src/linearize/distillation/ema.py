@@ -15,7 +15,8 @@ class ExponentialMovingAverage:
 
     Args:
         parameters: What is averaged, by name.
-        decay: Share of the old average kept at each update once warm; 0 turns the average into a copy.
+        decay: Share of the old average kept at each update once warm; 0 keeps no average, and the parameters stand for
+            it.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -27,13 +28,14 @@ class ExponentialMovingAverage:
     def reset(self) -> None:
         """Starts again from the parameters as they are."""
         self.num_updates = 0
-        self.average = {name: value.detach().float().clone() for name, value in self.parameters.items()}
+        kept = self.parameters if self.decay else {}
+        self.average = {name: value.detach().float().clone() for name, value in kept.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes one step towards the parameters."""
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.decay else 0.0
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         for name, average in self.average.items():
             value = self.parameters[name].detach().float()
             self.average[name] = average.to(value.device).lerp_(value, 1 - decay)
@@ -50,10 +52,10 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges parameters and average, in place; a second call undoes it."""
-        for name, parameter in self.parameters.items():
-            value = parameter.detach().float().clone()
-            parameter.copy_(self.average[name].to(parameter.device))
-            self.average[name] = value
+        for name, average in self.average.items():
+            parameter = self.parameters[name]
+            self.average[name] = parameter.detach().float().clone()
+            parameter.copy_(average.to(parameter.device))
 
     def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
         """Returns the averages and the number of updates behind them."""
@@ -62,4 +64,5 @@ class ExponentialMovingAverage:
     def load_state_dict(self, state: Mapping) -> None:
         """Takes over what `state_dict` returned; names and shapes have been checked by the caller."""
         self.num_updates = state["num_updates"]
-        self.average = {name: value.float().clone() for name, value in state["average"].items()}
+        kept = state["average"] if self.decay else {}
+        self.average = {name: value.float().clone() for name, value in kept.items()}

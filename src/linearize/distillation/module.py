@@ -16,6 +16,7 @@ from linearize.compilation import compile_blocks
 from linearize.distillation.activations import ActivationBudget
 from linearize.distillation.capture import SiteCapture, join_outputs
 from linearize.distillation.ema import ExponentialMovingAverage
+from linearize.distillation.in_backward import StepInBackward
 from linearize.distillation.losses import LossTerm, Observation
 from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_noise
 from linearize.distillation.resume import check_checkpoint, restore_rng, rng_state, student_state, tell_changed_schedule
@@ -50,6 +51,7 @@ class DistillationModule(lightning.LightningModule):
         ema_decay: Decay of the average of what trains; 0 evaluates and exports the plain weights.
         activation_memory_gib: What the student's blocks may keep for the backward pass; beyond it the first of them
             compute again. None takes what is free on the GPU, and keeps everything on a CPU.
+        optimizer_in_backward: Steps each parameter as soon as its gradient is there, see `StepInBackward`.
         compile_backend: Backend for torch.compile of the blocks ("inductor"); None runs them eagerly.
         identity: What a checkpoint must agree with to be resumed, by name, for example the teacher's weight hash. JSON.
     """
@@ -67,6 +69,7 @@ class DistillationModule(lightning.LightningModule):
         window_dropout: WindowDropout | None = None,
         ema_decay: float = 0.999,
         activation_memory_gib: float | None = None,
+        optimizer_in_backward: bool = False,
         compile_backend: str | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
@@ -80,6 +83,7 @@ class DistillationModule(lightning.LightningModule):
         self.ema = ExponentialMovingAverage(self.trained, ema_decay)
         self.stages = list(stages)
         self.make_optimizer, self.schedule = optimizer, schedule
+        self.optimizer_in_backward = optimizer_in_backward
         self.sigma, self.seed = sigma or Uniform(), seed
         self.identity = {**(identity or {}), "plan": student.config["linearize_plan"]}
         self._micro_step = 0
@@ -125,6 +129,7 @@ class DistillationModule(lightning.LightningModule):
     def _pending_bytes(self) -> int:
         """Bytes that the step will still allocate: gradients, and at first the two moments of AdamW."""
         gradients = sum(value.nbytes for value in self.trained.values() if value.grad is None)
+        gradients = 0 if self.optimizer_in_backward else gradients
         started = self._trainer is not None and any(optimizer.state for optimizer in self.trainer.optimizers)
         return gradients if started else gradients + 2 * sum(value.nbytes for value in self.trained.values())
 
@@ -152,6 +157,9 @@ class DistillationModule(lightning.LightningModule):
         base = optimizer.defaults["lr"]
         if base == 0 and any(stage.lr for stage in self.stages):
             raise LinearizeError("optimizer.lr=0 scales no other rate: give it a number above 0, or transfer_lr=null.")
+        if self.optimizer_in_backward:
+            self._check_step_in_backward()
+            StepInBackward(optimizer, self.trained.values(), self._is_trained_in_stage)
 
         def factor(step: int) -> float:
             stage, done = stage_at(self.stages, step)
@@ -167,6 +175,24 @@ class DistillationModule(lightning.LightningModule):
     def on_after_backward(self) -> None:
         """Puts the windows back: everything but training sees them."""
         self._windows.restore()
+
+    def _check_step_in_backward(self) -> None:
+        trainer = self.trainer
+        for is_set, setting in (
+            (trainer.gradient_clip_val, "trainer.gradient_clip_val=null"),
+            (trainer.accumulate_grad_batches != 1, "trainer.accumulate_grad_batches=1"),
+            (trainer.world_size > 1, "trainer.devices=1"),
+        ):
+            if is_set:
+                raise LinearizeError(
+                    f"optimizer_in_backward=true never has all gradients at once: set {setting}, or "
+                    "optimizer_in_backward=false."
+                )
+
+    def _is_trained_in_stage(self, parameter: nn.Parameter) -> bool:
+        if self.stage.trains == "all":
+            return True
+        return any(value is parameter for name, value in self.trained.items() if is_mixer_parameter(name))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro step: draws noise, looks at teacher and student, and sums the terms of the stage's loss."""

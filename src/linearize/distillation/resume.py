@@ -66,6 +66,9 @@ def _check_shapes(module: "DistillationModule", weights: dict[str, Any], average
     wanted = {name: value.shape for name, value in module.trained.items()}
     found = {name.removeprefix("student."): value.shape for name, value in weights.items()}
     averaged = {name: value.shape for name, value in average.items()}
+    if not averaged and module.ema.decay:
+        raise LinearizeError("The checkpoint holds no average, as it was trained with ema_decay=0: set ema_decay=0.")
+    averaged = averaged or found
     if wanted != found or wanted != averaged:
         differing = sorted(
             name for name in wanted | found if not wanted.get(name) == found.get(name) == averaged.get(name)
