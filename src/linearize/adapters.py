@@ -80,6 +80,9 @@ def add_lora(student: nn.Module, projections: Iterable[str], settings: LoraSetti
         target_modules="|".join(re.escape(name) for name in names),
     )
     inject_adapter_in_model(config, student, adapter_name=_ADAPTER)
+    for layer in _adapted_layers(student).values():
+        # Autocast chooses the dtype; peft would first copy the layer's input to the adapter's float32.
+        layer.cast_input_dtype_enabled = False
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -99,12 +102,15 @@ def merge_lora(student: nn.Module) -> None:
     The sum is taken in float32 and stored in the layer's dtype, in a parameter of its own: the layer's weight may be a
     teacher's, and stays as it is.
     """
-    for name, layer in list(student.named_modules()):
-        if hasattr(layer, "get_delta_weight"):
-            owner, _, leaf = name.rpartition(".")
-            setattr(student.get_submodule(owner), leaf, _merged(layer))
+    for name, layer in _adapted_layers(student).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(student.get_submodule(owner), leaf, _merged(layer))
     if hasattr(student, "peft_config"):
         del student.peft_config
+
+
+def _adapted_layers(student: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in student.named_modules() if hasattr(module, "get_delta_weight")}
 
 
 def _merged(layer: Any) -> nn.Linear:

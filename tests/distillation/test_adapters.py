@@ -11,7 +11,9 @@ from torch import Tensor
 
 from distillation.conftest import MakeModule, fit
 from linearize.adapters import LoraSettings, has_adapters, is_adapter_parameter, merge_lora
+from linearize.backbones import find_backbone
 from linearize.distillation.checkpoint import read_checkpoint
+from linearize.distillation.losses import Prediction
 from linearize.errors import LinearizeError
 from linearize.export import load_pipeline
 from linearize.surgery import is_mixer_parameter, share_student, surgery_report, trained_parameters
@@ -33,7 +35,7 @@ def randomized(student: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in trained_parameters(student).items():
             if is_adapter_parameter(name):
-                parameter.normal_(std=0.2, generator=generator)
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return student
 
 
@@ -100,6 +102,46 @@ def test_adapters_start_as_the_plain_student_and_learn(make_module: MakeModule, 
     assert all(not torch.equal(value, start[name]) for name, value in module.trained.items())
     assert all(torch.equal(value, frozen[name]) for name, value in module.teacher.named_parameters())
     assert any(not torch.equal(module.ema.average[name], value) for name, value in module.trained.items())
+
+
+def test_float32_adapters_learn_beside_bfloat16_layers(make_module: MakeModule, batch: dict[str, Any]) -> None:
+    losses, gradients = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        module = make_module("lolcats", terms={"prediction": Prediction()}, window=2, adapter=SETTINGS)
+        randomized(module.student)
+        for parameter in module.student.parameters():
+            parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
+        noise, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.3, 0.8])
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = module.compute_terms(module.stages[0].terms, batch, noise, sigma)["prediction"]
+        value.backward()
+        losses.append(value.detach())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in module.trained.values()]))
+        assert gradients[-1].dtype == torch.float32
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0)
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_adapters_and_merged_layers_agree_in_bfloat16(
+    teacher: FluxTransformer2DModel, batch: dict[str, Any], device: str
+) -> None:
+    student = randomized(share_student(teacher.bfloat16().to(device), PLAN, SETTINGS))
+    assert {parameter.device.type for parameter in student.parameters()} == {device}
+    sigma = torch.tensor([0.3, 0.8], device=device)
+    batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
+
+    def velocity() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return find_backbone(student).predict(student, batch["latents"], sigma, batch)
+
+    adapted = velocity()
+    adapted.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in trained_parameters(student).values())
+    merge_lora(student)
+    with torch.no_grad():
+        difference = velocity() - adapted
+    assert difference.norm() < 0.03 * adapted.norm()
 
 
 def test_targets_are_those_that_the_mixers_train(teacher: FluxTransformer2DModel) -> None:
