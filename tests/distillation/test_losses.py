@@ -84,3 +84,14 @@ def test_bfloat16_outputs_are_compared_in_float32() -> None:
     seen = Observation(torch.zeros(1), teacher_attention={"a": teacher}, student_attention={"a": student})
     value = AttentionOutput()(seen)
     assert value.dtype == torch.float32 and value.item() == pytest.approx(2**-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_output_has_the_gradients_of_its_formula(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    teacher, student = (torch.randn(2, 7, 4).to(dtype) for _ in range(2))
+    student.requires_grad_()
+    seen = Observation(torch.zeros(1), teacher_attention={"a": teacher}, student_attention={"a": student})
+    (found,) = torch.autograd.grad(3 * AttentionOutput()(seen), student)
+    expected = 3 * 2 * (student.double() - teacher.double()) / student.numel()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)

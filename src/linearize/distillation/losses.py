@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,10 +131,25 @@ class AttentionOutput(LossTerm):
     def __call__(self, seen: Observation) -> Tensor:
         """Mean over layers of the mean squared error over text and image tokens."""
         errors = [
-            mse_loss(student.float(), seen.teacher_attention[name].float())
+            _SquaredError.apply(student, seen.teacher_attention[name])
             for name, student in seen.student_attention.items()
         ]
         return torch.stack(errors).mean()
+
+
+class _SquaredError(torch.autograd.Function):
+    """Mean squared error in float32 that keeps its two arguments as they are, and nothing else, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        return mse_loss(student.float(), teacher.float())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        student, teacher = ctx.saved_tensors
+        error = student.float() - teacher.float()
+        return error.mul_(2 * gradient / student.numel()).to(student.dtype), None
 
 
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
