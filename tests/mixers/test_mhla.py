@@ -5,7 +5,7 @@ from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
 from linearize.layout import TILE, Grid, Layout
 from linearize.mixers import AttentionShape, build_mixer
-from linearize.ops.block_states import block_index, mix_block_states, mix_block_states_naive
+from linearize.ops.block_states import block_index, even_blocks, mix_block_states, mix_block_states_naive
 from linearize.ops.feature_maps import floored_relu
 from linearize.ops.rotary import rotate_features
 
@@ -30,9 +30,9 @@ def test_blocks_are_of_one_size_and_their_number_does_not_depend_on_the_grid():
 
 
 def test_states_equal_dense_weights_and_so_do_gradients():
-    index = block_index(Layout(0, (Grid(5, 7), Grid(2, 3))), 3)
-    inputs = [x.requires_grad_() for x in (*features(len(index)), torch.randn(2, 9, 9, dtype=torch.float64))]
-    outputs = [mix(*inputs, index) for mix in (mix_block_states, mix_block_states_naive)]
+    blocks = even_blocks(Layout(0, (Grid(5, 7), Grid(2, 3))), 3, torch.device("cpu"))
+    inputs = [x.requires_grad_() for x in (*features(len(blocks.index)), torch.randn(2, 9, 9, dtype=torch.float64))]
+    outputs = [mix(*inputs, blocks) for mix in (mix_block_states, mix_block_states_naive)]
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(output.sin().sum(), inputs) for output in outputs]
     for ours, theirs in zip(*gradients, strict=True):
@@ -68,11 +68,11 @@ def test_the_identity_is_linear_attention_within_blocks():
 
 
 def test_the_rank_rises_above_the_number_of_features():
-    index = block_index(Layout(0, (Grid(8, 12),)), 3)
-    query, key, _ = features(len(index))
-    values = torch.eye(len(index), dtype=torch.float64).expand(2, 2, -1, -1)
+    blocks = even_blocks(Layout(0, (Grid(8, 12),)), 3, torch.device("cpu"))
+    query, key, _ = features(len(blocks.index))
+    values = torch.eye(len(blocks.index), dtype=torch.float64).expand(2, 2, -1, -1)
     ranks = [
-        torch.linalg.matrix_rank(mix_block_states(query, key, values, mix[None].double(), index))[0, 0].item()
+        torch.linalg.matrix_rank(mix_block_states(query, key, values, mix[None].double(), blocks))[0, 0].item()
         for mix in (torch.ones(9, 9), torch.eye(9), torch.rand(9, 9))
     ]
     assert ranks == [3, 27, 27]

@@ -8,11 +8,12 @@ from linearize.mixers import AttentionShape, build_mixer
 from linearize.mixers._joint import Tokens
 from linearize.ops import block_sparse
 from linearize.ops.block_sparse import block_sparse_softmax, chosen, select_blocks, square_blocks
-from linearize.ops.block_states import mix_block_states
+from linearize.ops.block_states import Blocks, mix_block_states
 from linearize.ops.dense_attention import dense_attention
 from linearize.ops.linear_attention import merge, weigh
 
 LAYOUT = Layout(4, (Grid(9, 14),))
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +26,13 @@ def image_tokens(layout=LAYOUT):
 
 
 def test_blocks_are_squares_cut_at_the_border_and_every_grid_has_its_own():
-    index, num_blocks = square_blocks(Layout(3, (Grid(5, 7), Grid(2, 3))), 3)
+    index, num_blocks, *_ = square_blocks(Layout(3, (Grid(5, 7), Grid(2, 3))), 3, CPU)
     assert num_blocks == 7
     assert index[:35].view(5, 7)[::2].tolist() == [[0, 0, 0, 1, 1, 1, 2]] * 2 + [[3, 3, 3, 4, 4, 4, 5]]
     assert index[35:].tolist() == [6] * 6
     tiled = Layout(0, (Grid(11, 19),), tile=TILE)
-    assert torch.equal(square_blocks(tiled, 4)[0][tiled.tile_to_raster()], square_blocks(tiled.with_tile(None), 4)[0])
+    raster = square_blocks(tiled.with_tile(None), 4, CPU).index
+    assert torch.equal(square_blocks(tiled, 4, CPU).index[tiled.tile_to_raster()], raster)
 
 
 @pytest.mark.parametrize("variant", ["dit", "paper"])
@@ -44,10 +46,9 @@ def test_all_keys_are_the_teacher(variant, layout):
 
 def test_the_rest_is_the_total_less_what_is_selected():
     query, key, value = (states.exp() for states in image_tokens())
-    index, num_blocks = square_blocks(LAYOUT, 3)
-    selected = select_blocks(query, key, index, num_blocks, 4)
-    masks = [chosen(selected, num_blocks).double(), (~chosen(selected, num_blocks)).double()]
-    some, rest = (mix_block_states(query, key, value, mask, index) for mask in masks)
+    blocks = square_blocks(LAYOUT, 3, CPU)
+    is_chosen = chosen(select_blocks(query, key, blocks, 4), blocks.number)
+    some, rest = (mix_block_states(query, key, value, mask.double(), blocks) for mask in (is_chosen, ~is_chosen))
     torch.testing.assert_close(rest, query @ (key.transpose(-1, -2) @ value) - some, rtol=1e-11, atol=1e-9)
 
 
@@ -56,11 +57,11 @@ def test_sparse_softmax_equals_its_mask_and_parts_join_by_their_masses(at_a_time
     """Full attention is m O_selected + (1 - m) O_rest, with m the selected keys' share of the mass."""
     monkeypatch.setattr(block_sparse, "NUMBERS_AT_A_TIME", at_a_time)
     query, key, value = image_tokens()
-    index, num_blocks = square_blocks(LAYOUT, 4)
-    key_mask = torch.rand(2, len(index)) > 0.3
-    arguments = dict(index=index, num_blocks=num_blocks, scale=0.3, key_mask=key_mask)
-    selected = select_blocks(query, key, index, num_blocks, 3, key_mask)
-    mask = chosen(selected, num_blocks)[..., index, :][..., index]
+    blocks = square_blocks(LAYOUT, 4, CPU)
+    key_mask = torch.rand(2, len(blocks.index)) > 0.3
+    arguments = dict(blocks=blocks, scale=0.3, key_mask=key_mask)
+    selected = select_blocks(query, key, blocks, 3, key_mask)
+    mask = chosen(selected, blocks.number)[..., blocks.index, :][..., blocks.index]
     part = block_sparse_softmax(query, key, value, selected=selected, **arguments)
     dense = dense_attention(query, key, value, scale=0.3, mask=mask, key_mask=key_mask)
     torch.testing.assert_close(part.output, dense, rtol=1e-12, atol=1e-13)
@@ -76,10 +77,10 @@ def test_selected_blocks_are_those_with_the_largest_means():
     key[0, 0, 8:12, 0], key[0, 0, 12:, 1] = 3.0, 5.0
     query = torch.zeros(1, 1, 16, 2)
     query[..., :8, 0], query[..., 8:, 1] = 1.0, 1.0
-    index = torch.arange(4).repeat_interleave(4)
-    assert select_blocks(query, key, index, 4, 1)[0, 0, :, 0].tolist() == [2, 2, 3, 3]
+    blocks = Blocks.of(torch.arange(4).repeat_interleave(4), 4)
+    assert select_blocks(query, key, blocks, 1)[0, 0, :, 0].tolist() == [2, 2, 3, 3]
     hidden = torch.arange(16)[None] < 12
-    assert 3 not in select_blocks(query, key, index, 4, 1, hidden)[0, 0]
+    assert 3 not in select_blocks(query, key, blocks, 1, hidden)[0, 0]
 
 
 def test_a_projection_of_zero_leaves_the_sparse_part():

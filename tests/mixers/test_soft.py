@@ -91,7 +91,7 @@ def test_weights_are_relative_under_rotation():
 
 def test_landmarks_are_means_of_cells_whose_number_is_fixed():
     layout = Layout(2, (Grid(4, 6), Grid(2, 2)))
-    index, num_cells = landmark_index(layout, 2)
+    index, num_cells = landmark_index(layout, 2, torch.device("cpu"))
     assert (
         num_cells == 8
         and index[:24].view(4, 6)[0].tolist() == [0, 0, 0, 1, 1, 1]

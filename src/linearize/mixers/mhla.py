@@ -9,7 +9,7 @@ from linearize.layout import Layout
 from linearize.mixers._joint import ROPE, FeaturePair, Tokens, check_choice, check_number, rotate_pair
 from linearize.mixers._kernel import KernelMixer, text_flops
 from linearize.mixers.base import AttentionShape, MixerContext
-from linearize.ops.block_states import block_index, mix_block_states
+from linearize.ops.block_states import even_blocks, mix_block_states
 from linearize.ops.feature_maps import build_feature_map
 from linearize.ops.linear_attention import linear_attention_flops
 
@@ -75,12 +75,12 @@ class MhlaMixer(KernelMixer):
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `KernelMixer.weigh`."""
-        index = block_index(context.layout, self.blocks_per_side, query.device)
-        return mix_block_states(query, key, value, self.log_mix.exp().to(query.dtype), index)
+        blocks = even_blocks(context.layout, self.blocks_per_side, query.device)
+        return mix_block_states(query, key, value, self.log_mix.exp().to(query.dtype), blocks)
 
     def dense_factor(self, context: MixerContext, like: Tensor) -> Tensor:
         """See `KernelMixer.dense_factor`: m of the blocks of query and key."""
-        index = block_index(context.layout, self.blocks_per_side, like.device)
+        index = even_blocks(context.layout, self.blocks_per_side, like.device).index
         return self.log_mix.exp().to(like.dtype)[:, index][:, :, index]
 
     def flops(self, layout: Layout, batch: int = 1) -> int:

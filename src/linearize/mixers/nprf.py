@@ -12,8 +12,7 @@ from linearize.mixers._joint import check_number
 from linearize.mixers._kernel import text_flops
 from linearize.mixers._random_features import RandomFeatureMixer
 from linearize.mixers.base import AttentionShape, MixerContext
-from linearize.ops.disc import coordinates
-from linearize.ops.offset_bias import fourier_flops, weigh_by_offset
+from linearize.ops.offset_bias import canvas, fourier_flops, offset_tables, weigh_by_offset
 from linearize.ops.precision import widen
 
 # exp of twice this is far above float32's rounding, which Fourier transforms spread over the whole picture.
@@ -73,15 +72,12 @@ class NprfMixer(RandomFeatureMixer):
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `KernelMixer.weigh`."""
-        places = coordinates(context.layout)
-        height, width = _canvas(context.layout)
-        rows, columns = torch.arange(1 - height, height), torch.arange(1 - width, width)
-        offsets = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).to(query.device)
+        places, offsets = offset_tables(context.layout, query.device)
         return weigh_by_offset(query, key, value, self.bias(offsets).exp().to(query.dtype), places)
 
     def dense_factor(self, context: MixerContext, like: Tensor) -> Tensor:
         """See `KernelMixer.dense_factor`: e^b of every pair."""
-        places = coordinates(context.layout).to(like.device)
+        places, _ = offset_tables(context.layout, like.device)
         return self.bias(places[None] - places[:, None]).exp().to(like.dtype)
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
@@ -89,10 +85,5 @@ class NprfMixer(RandomFeatureMixer):
         tokens, head_dim = layout.num_image_tokens, self.shape.head_dim
         mapped = tokens if self.text == "exact" else layout.num_tokens
         each = 4 * mapped * self.num_features * head_dim
-        each += self.num_features * (head_dim + 1) * (fourier_flops(*_canvas(layout)) + 3 * tokens)
+        each += self.num_features * (head_dim + 1) * (fourier_flops(*canvas(layout)) + 3 * tokens)
         return batch * self.shape.num_heads * (each + text_flops(self.text, layout, self.num_features, head_dim))
-
-
-def _canvas(layout: Layout) -> tuple[int, int]:
-    """Height and width that hold every grid."""
-    return max(grid.height for grid in layout.grids), max(grid.width for grid in layout.grids)

@@ -14,7 +14,7 @@ from linearize.mixers._kernel import text_flops
 from linearize.mixers._window import BRANCHES
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.block_sparse import block_sparse_softmax, chosen, select_blocks, square_blocks
-from linearize.ops.block_states import mix_block_states
+from linearize.ops.block_states import Blocks, mix_block_states
 from linearize.ops.feature_maps import build_feature_map
 from linearize.ops.linear_attention import (
     LinearPart,
@@ -110,13 +110,12 @@ class SlaMixer(JointMixer):
         if self.branches == "linear":
             return super().exact_part(tokens)
         (query, key), image = tokens.rotated, tokens.image
-        index, num_blocks, selected = self._selection(tokens)
+        blocks, selected = self._selection(tokens)
         sparse = block_sparse_softmax(
             query[:, :, image],
             key[:, :, image],
             tokens.value[:, :, image],
-            index=index,
-            num_blocks=num_blocks,
+            blocks=blocks,
             selected=selected,
             scale=tokens.context.scale,
             key_mask=tokens.mask_of(image),
@@ -130,20 +129,20 @@ class SlaMixer(JointMixer):
         if self.branches == "window":
             nothing = torch.zeros_like(tokens.value[:, :, tokens.image])
             return LinearPart(nothing, nothing[..., :1], nothing.new_zeros(()))
-        index, num_blocks, selected = self._selection(tokens)
+        blocks, selected = self._selection(tokens)
         value, mask = tokens.value[:, :, tokens.image], tokens.mask_of(tokens.image)
-        rest = (~chosen(selected, num_blocks)).to(value.dtype)
+        rest = (~chosen(selected, blocks.number)).to(value.dtype)
         value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
-        sums = mix_block_states(pair.query.values, mask_keys(pair.key.values, mask), value, rest, index)
+        sums = mix_block_states(pair.query.values, mask_keys(pair.key.values, mask), value, rest, blocks)
         return LinearPart(sums[..., :-1], sums[..., -1:], pair.query.log_scale + pair.key.log_scale)
 
     def sees_exactly(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.sees_exactly`."""
         if self.branches == "linear":
             return super().sees_exactly(tokens)
-        image, (index, num_blocks, selected) = tokens.image, self._selection(tokens)
+        image, (blocks, selected) = tokens.image, self._selection(tokens)
         seen = super().sees_exactly(tokens).repeat(*selected.shape[:2], 1, 1)
-        seen[:, :, image, image] = chosen(selected, num_blocks)[..., index, :][..., index]
+        seen[:, :, image, image] = chosen(selected, blocks.number)[..., blocks.index, :][..., blocks.index]
         return seen
 
     def is_not_linear(self, tokens: Tokens, seen: Tensor) -> Tensor:
@@ -206,19 +205,11 @@ class SlaMixer(JointMixer):
     def _num_selected(self, num_blocks: int) -> int:
         return min(num_blocks, max(1, math.ceil(self.key_ratio * num_blocks)))
 
-    def _selection(self, tokens: Tokens) -> tuple[Tensor, int, Tensor]:
-        """The block of every image token, the number of blocks, and the blocks of keys for each block of queries."""
+    def _selection(self, tokens: Tokens) -> tuple[Blocks, Tensor]:
+        """The blocks of image tokens, and those of keys for each one of queries."""
         # Rotated in float32 at least: rounding the rotated tokens would change which blocks come first.
         query, key = (tokens.context.rotate(states.detach()) for states in (tokens.query, tokens.key))
         image = tokens.image
-        index, num_blocks = square_blocks(tokens.context.layout, self.block_size)
-        index = index.to(query.device)
-        selected = select_blocks(
-            query[:, :, image],
-            key[:, :, image],
-            index,
-            num_blocks,
-            self._num_selected(num_blocks),
-            tokens.mask_of(image),
-        )
-        return index, num_blocks, selected
+        blocks = square_blocks(tokens.context.layout, self.block_size, query.device)
+        num_selected = self._num_selected(blocks.number)
+        return blocks, select_blocks(query[:, :, image], key[:, :, image], blocks, num_selected, tokens.mask_of(image))

@@ -123,8 +123,8 @@ class SoftMixer(JointMixer):
     def _landmarks(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Means of queries and of keys in each cell, how many keys a cell has, and the cell of every token."""
         self.check_layout(tokens.context.layout)
-        index, num_cells = landmark_index(tokens.context.layout, self.landmarks_per_side)
-        index, mask = index.to(tokens.query.device), tokens.mask_of(tokens.image)
+        index, num_cells = landmark_index(tokens.context.layout, self.landmarks_per_side, tokens.query.device)
+        mask = tokens.mask_of(tokens.image)
         query_means, counts = cell_landmarks(pair.query.values, index, num_cells, mask)
         key_means, _ = cell_landmarks(pair.key.values, index, num_cells, mask)
         return query_means, key_means, counts, index

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from linearize.layout import Layout
-from linearize.ops.block_states import block_slots, to_blocks
+from linearize.ops.block_states import Blocks
 from linearize.ops.disc import coordinates
 from linearize.ops.linear_attention import SoftmaxPart, weigh
 
@@ -15,33 +17,35 @@ from linearize.ops.linear_attention import SoftmaxPart, weigh
 NUMBERS_AT_A_TIME = 2**25
 
 
-def square_blocks(layout: Layout, size: int) -> tuple[Tensor, int]:
-    """The block of size x size tokens of every image token, [num_image_tokens], and the number of blocks.
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+def square_blocks(layout: Layout, size: int, device: torch.device) -> Blocks:
+    """Blocks of size x size tokens; those at the right and lower border may be cut, and every grid has its own.
 
-    Blocks at the right and lower border may be cut; every grid has its own.
+    Not to be written to, and built outside inference mode, as what sampling needed first is used for training later.
     """
-    places = coordinates(layout)[layout.tile_to_raster()]
-    parts, start, blocks = [], 0, 0
-    for grid in layout.grids:
-        rows, columns = (places[start : start + grid.num_tokens] // size).unbind(dim=1)
-        frame = torch.arange(grid.num_tokens) // (grid.height * grid.width)
-        in_row, in_column = -(-grid.width // size), -(-grid.height // size)
-        parts.append(blocks + (frame * in_column + rows) * in_row + columns)
-        start, blocks = start + grid.num_tokens, blocks + grid.frames * in_row * in_column
-    return torch.cat(parts)[layout.raster_to_tile()], blocks
+    with torch.inference_mode(False):
+        places = coordinates(layout)[layout.tile_to_raster()]
+        parts, start, blocks = [], 0, 0
+        for grid in layout.grids:
+            rows, columns = (places[start : start + grid.num_tokens] // size).unbind(dim=1)
+            frame = torch.arange(grid.num_tokens, device="cpu") // (grid.height * grid.width)
+            in_row, in_column = -(-grid.width // size), -(-grid.height // size)
+            parts.append(blocks + (frame * in_column + rows) * in_row + columns)
+            start, blocks = start + grid.num_tokens, blocks + grid.frames * in_row * in_column
+        return Blocks.of(torch.cat(parts)[layout.raster_to_tile()], blocks).to(device)
 
 
 @torch.no_grad()
 def select_blocks(
-    query: Tensor, key: Tensor, index: Tensor, num_blocks: int, num_selected: int, key_mask: Tensor | None = None
+    query: Tensor, key: Tensor, blocks: Blocks, num_selected: int, key_mask: Tensor | None = None
 ) -> Tensor:
     """The blocks of keys whose mean has the largest product with the mean query of each block.
 
     Args:
         query: [batch, heads, tokens, head_dim], rotated.
         key: Same.
-        index: The block of every token, [tokens].
-        num_blocks: Blocks.
+        blocks: Of the tokens.
         num_selected: Blocks of keys for each block of queries.
         key_mask: [batch, tokens], True where a key is valid.
 
@@ -51,9 +55,9 @@ def select_blocks(
     valid = torch.ones_like(key[..., :1]) if key_mask is None else key_mask[:, None, :, None].to(key.dtype)
 
     def mean(states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        zeros = states.new_zeros(*states.shape[:2], num_blocks, states.shape[-1])
-        total = zeros.index_add(2, index, states * counts)
-        number = zeros[..., :1].index_add(2, index, counts.expand(*states.shape[:3], 1))
+        zeros = states.new_zeros(*states.shape[:2], blocks.number, states.shape[-1])
+        total = zeros.index_add(2, blocks.index, states * counts)
+        number = zeros[..., :1].index_add(2, blocks.index, counts.expand(*states.shape[:3], 1))
         return total / number.clamp(min=1), number > 0
 
     query_means, _ = mean(query, torch.ones_like(key[..., :1]))
@@ -74,8 +78,7 @@ def block_sparse_softmax(
     key: Tensor,
     value: Tensor,
     *,
-    index: Tensor,
-    num_blocks: int,
+    blocks: Blocks,
     selected: Tensor,
     scale: float,
     key_mask: Tensor | None = None,
@@ -86,16 +89,14 @@ def block_sparse_softmax(
         query: [batch, heads, tokens, head_dim], rotated.
         key: Same.
         value: Same.
-        index: The block of every token, [tokens].
-        num_blocks: Blocks.
+        blocks: Of the tokens.
         selected: As `select_blocks` returns it.
         scale: Softmax scale.
         key_mask: [batch, tokens], True where a key is valid.
     """
-    place, slots = block_slots(index, num_blocks)
     valid = torch.ones_like(key[:, :1, :, :1]) if key_mask is None else key_mask[:, None, :, None].to(key.dtype)
-    seen = to_blocks(valid, place, num_blocks, slots)[..., 0].expand(-1, query.shape[1], -1, -1) > 0
-    queries, keys, values = (to_blocks(states, place, num_blocks, slots) for states in (query, key, value))
+    seen = blocks.spread(valid)[..., 0].expand(-1, query.shape[1], -1, -1) > 0
+    queries, keys, values = (blocks.spread(states) for states in (query, key, value))
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         near_keys, near_values, near = (_gather(states, selected) for states in (keys, values, seen))
@@ -103,7 +104,7 @@ def block_sparse_softmax(
         part = weigh(scores, near_values, near[..., None, :])
         return part.output, part.log_mass
 
-    step = max(1, NUMBERS_AT_A_TIME // (selected.shape[-1] * slots * query.shape[-1] * query[..., 0, 0].numel()))
+    step = max(1, NUMBERS_AT_A_TIME // (selected.shape[-1] * blocks.slots * query.shape[-1] * query[..., 0, 0].numel()))
     parts = [
         checkpoint(
             attend,
@@ -113,9 +114,9 @@ def block_sparse_softmax(
             selected[:, :, start : start + step],
             use_reentrant=False,
         )
-        for start in range(0, num_blocks, step)
+        for start in range(0, blocks.number, step)
     ]
-    output, log_mass = (torch.cat(pieces, dim=2).flatten(2, 3)[:, :, place] for pieces in zip(*parts, strict=True))
+    output, log_mass = (blocks.gather(torch.cat(pieces, dim=2)) for pieces in zip(*parts, strict=True))
     return SoftmaxPart(output, log_mass)
 
 

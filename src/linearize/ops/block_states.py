@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,58 @@ from linearize.layout import Layout
 from linearize.ops.disc import coordinates
 
 
-def block_index(layout: Layout, blocks_per_side: int, device: torch.device | str = "cpu") -> Tensor:
+class Blocks(NamedTuple):
+    """Image tokens cut into blocks.
+
+    Attributes:
+        index: The block of every token, [num_image_tokens].
+        number: Blocks, some of which may be empty.
+        place: The place of every token among number x slots, [num_image_tokens].
+        slots: Tokens that a block has room for.
+    """
+
+    index: Tensor
+    number: int
+    place: Tensor
+    slots: int
+
+    @classmethod
+    def of(cls, index: Tensor, number: int) -> Blocks:
+        """The blocks of an index."""
+        order = torch.argsort(index, stable=True)
+        counts = torch.bincount(index, minlength=number)
+        slots, first = int(counts.max()), torch.cumsum(counts, dim=0) - counts
+        place = torch.empty_like(order)
+        place[order] = index[order] * slots + torch.arange(len(index), device=index.device) - first[index[order]]
+        return cls(index, number, place, slots)
+
+    def to(self, device: torch.device) -> Blocks:
+        """The same on a device."""
+        return self._replace(index=self.index.to(device), place=self.place.to(device))
+
+    def spread(self, states: Tensor) -> Tensor:
+        """[batch, heads, tokens, channels] to [batch, heads, blocks, slots, channels], zeros where a slot is empty."""
+        padded = states.new_zeros(*states.shape[:2], self.number * self.slots, states.shape[-1])
+        return padded.index_copy(2, self.place, states).unflatten(2, (self.number, self.slots))
+
+    def gather(self, states: Tensor) -> Tensor:
+        """The inverse of `spread`."""
+        return states.flatten(2, 3)[:, :, self.place]
+
+
+# Tables are built outside inference mode, as one that is first made while sampling is used for training later, and
+# outside compilers, which would unroll them.
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+def even_blocks(layout: Layout, blocks_per_side: int, device: torch.device) -> Blocks:
+    """The blocks of `block_index`. Not to be written to."""
+    with torch.inference_mode(False):
+        return Blocks.of(block_index(layout, blocks_per_side), blocks_per_side**2).to(device)
+
+
+def block_index(layout: Layout, blocks_per_side: int) -> Tensor:
     """The block of every image token in the layout's order, [num_image_tokens], in raster order of blocks.
 
     A grid of any size is cut into blocks_per_side x blocks_per_side blocks of nearly one size; some are empty where
@@ -17,10 +71,10 @@ def block_index(layout: Layout, blocks_per_side: int, device: torch.device | str
     """
     sides = torch.cat([torch.tensor([[grid.height, grid.width]]).expand(grid.num_tokens, 2) for grid in layout.grids])
     places = coordinates(layout) * blocks_per_side // sides[layout.raster_to_tile()]
-    return (places[:, 0] * blocks_per_side + places[:, 1]).to(device)
+    return places[:, 0] * blocks_per_side + places[:, 1]
 
 
-def mix_block_states(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, index: Tensor) -> Tensor:
+def mix_block_states(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, blocks: Blocks) -> Tensor:
     """sum_j mix[b(i), b(j)] (query_i^T key_j) value_j, through one state per block.
 
     Args:
@@ -28,41 +82,17 @@ def mix_block_states(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, ind
         key: Same.
         value: [batch, heads, tokens, channels].
         mix: Broadcasts to [batch, heads, blocks, blocks].
-        index: The block of every token, [tokens].
+        blocks: Of the tokens.
 
     Returns:
         [batch, heads, tokens, channels].
     """
-    num_blocks = mix.shape[-1]
-    place, slots = block_slots(index, num_blocks)
-    keys, values = to_blocks(key, place, num_blocks, slots), to_blocks(value, place, num_blocks, slots)
-    states = torch.matmul(keys.transpose(-1, -2), values)
+    states = torch.matmul(blocks.spread(key).transpose(-1, -2), blocks.spread(value))
     mixed = torch.matmul(mix, states.flatten(3)).unflatten(3, states.shape[3:])
-    return torch.matmul(to_blocks(query, place, num_blocks, slots), mixed).flatten(2, 3)[:, :, place]
+    return blocks.gather(torch.matmul(blocks.spread(query), mixed))
 
 
-def mix_block_states_naive(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, index: Tensor) -> Tensor:
+def mix_block_states_naive(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, blocks: Blocks) -> Tensor:
     """The same on dense weights."""
-    weights = torch.matmul(query, key.transpose(-1, -2)) * mix[..., index, :][..., index]
+    weights = torch.matmul(query, key.transpose(-1, -2)) * mix[..., blocks.index, :][..., blocks.index]
     return torch.matmul(weights, value)
-
-
-def block_slots(index: Tensor, num_blocks: int) -> tuple[Tensor, int]:
-    """The slot of every token in [blocks x slots], [tokens], and the slots that a block has.
-
-    Args:
-        index: The block of every token, [tokens].
-        num_blocks: Blocks, some of which may be empty.
-    """
-    order = torch.argsort(index, stable=True)
-    counts = torch.bincount(index, minlength=num_blocks)
-    slots, first = int(counts.max()), torch.cumsum(counts, dim=0) - counts
-    place = torch.empty_like(order)
-    place[order] = index[order] * slots + torch.arange(len(index), device=index.device) - first[index[order]]
-    return place, slots
-
-
-def to_blocks(states: Tensor, place: Tensor, num_blocks: int, slots: int) -> Tensor:
-    """[batch, heads, tokens, channels] to [batch, heads, blocks, slots, channels], zeros where a slot is empty."""
-    padded = states.new_zeros(*states.shape[:2], num_blocks * slots, states.shape[-1])
-    return padded.index_copy(2, place, states).unflatten(2, (num_blocks, slots))

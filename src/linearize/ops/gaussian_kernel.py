@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +21,18 @@ def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
     return torch.exp(torch.matmul(first, second.transpose(-1, -2)) - distance / 2)
 
 
-def landmark_index(layout: Layout, per_side: int) -> tuple[Tensor, int]:
-    """The cell of every image token, [num_image_tokens], and the number of cells: per_side^2 for each grid."""
-    sizes = torch.tensor([grid.num_tokens for grid in layout.grids])
-    grid = torch.arange(len(sizes)).repeat_interleave(sizes)[layout.raster_to_tile()]
-    return grid * per_side**2 + block_index(layout, per_side), len(sizes) * per_side**2
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+def landmark_index(layout: Layout, per_side: int, device: torch.device) -> tuple[Tensor, int]:
+    """The cell of every image token, [num_image_tokens], and the number of cells: per_side^2 for each grid.
+
+    Not to be written to, and built outside inference mode, as what sampling needed first is used for training later.
+    """
+    with torch.inference_mode(False):
+        sizes = torch.tensor([grid.num_tokens for grid in layout.grids], device="cpu")
+        grid = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)[layout.raster_to_tile()]
+        index = grid * per_side**2 + block_index(layout, per_side)
+        return index.to(device), len(sizes) * per_side**2
 
 
 def cell_landmarks(states: Tensor, index: Tensor, num_cells: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from linearize.layout import Layout
+from linearize.ops.disc import coordinates
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+def offset_tables(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of every image token, [num_image_tokens, 2], and all offsets between them.
+
+    The offsets, [2 height - 1, 2 width - 1, 2] in rows and columns, are those of a canvas that holds every grid. Not to
+    be written to, and built outside inference mode, as what sampling needed first is used for training later.
+    """
+    with torch.inference_mode(False):
+        height, width = canvas(layout)
+        sides = (torch.arange(1 - side, side, device="cpu") for side in (height, width))
+        offsets = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1)
+        return coordinates(layout).to(device), offsets.to(device)
+
+
+def canvas(layout: Layout) -> tuple[int, int]:
+    """Height and width that hold every grid."""
+    return max(grid.height for grid in layout.grids), max(grid.width for grid in layout.grids)
 
 
 def weigh_by_offset(query: Tensor, key: Tensor, value: Tensor, factor: Tensor, places: Tensor) -> Tensor:
@@ -29,7 +54,7 @@ def weigh_by_offset(query: Tensor, key: Tensor, value: Tensor, factor: Tensor, p
     # Larger than the longest offset, so that nothing comes round at the other side.
     size = (smooth_length(2 * height - 1), smooth_length(2 * width - 1))
     spectrum = torch.fft.rfft2(_around_zero(factor, size))[None, :, None]
-    index = (places[:, 0] * width + places[:, 1]).to(query.device)
+    index = places[:, 0] * width + places[:, 1]
 
     def one_feature(query: Tensor, key: Tensor, value: Tensor, spectrum: Tensor) -> Tensor:
         weighted = (key * value).transpose(-1, -2)
