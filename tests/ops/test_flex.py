@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
-from linearize.ops.flex_mask import BLOCK, block_mask
+from linearize.ops.flex_mask import BLOCK, block_mask, visited_pairs
 from linearize.ops.local_attention import explain_backend, local_attention
 from linearize.ops.naive import naive_attention
 from linearize.ops.regions import REGIONS
@@ -72,6 +72,7 @@ def test_of_whole_tiles_no_block_is_looked_at_in_vain(rows, columns, window, tex
     exact = create_block_mask(mask.mask_mod, None, None, layout.num_tokens, layout.num_tokens, "cpu")
     for ours, theirs in zip(blocks(mask), blocks(exact), strict=True):
         assert torch.equal(ours, theirs)
+    assert visited_pairs(layout, REGIONS[region](window)) == sum(int(kind.sum()) for kind in blocks(exact)) * BLOCK**2
 
 
 @settings(deadline=None, max_examples=30)
@@ -108,35 +109,36 @@ def test_every_grid_is_compiled_for_itself():
                 torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_in_a_compiled_region_it_is_part_of_the_graph():
+@pytest.mark.parametrize("masked", [False, True])
+def test_in_a_compiled_region_it_is_part_of_the_graph(masked):
     torch.compiler.reset()
 
-    def attend(states, grid):
-        arguments = {"grid": grid, "num_text_tokens": 5, "window": 5, "region": "neighborhood"}
-        return local_attention(*states, backend="flex", **arguments)
+    def attend(states, grid, key_mask, backend="flex"):
+        arguments = {"grid": grid, "num_text_tokens": 5, "window": 2, "region": "neighborhood"}
+        return local_attention(*states, key_mask=key_mask, backend=backend, **arguments)
 
     compiled = torch.compile(attend, fullgraph=True, backend="eager")
     for grid in (Grid(19, 37), Grid(37, 19), Grid(13, 21)):
-        states = [torch.randn(1, 2, 5 + grid.num_tokens, 16) for _ in range(3)]
-        expected = local_attention(
-            *states, grid=grid, num_text_tokens=5, window=5, region="neighborhood", backend="naive"
-        )
-        torch.testing.assert_close(compiled(states, grid), expected, rtol=1e-4, atol=1e-5)
+        states = [torch.randn(2, 2, 5 + grid.num_tokens, 16) for _ in range(3)]
+        # Few enough valid keys that some queries see none.
+        key_mask = torch.rand(2, 5 + grid.num_tokens) > 0.9 if masked else None
+        expected = attend(states, grid, key_mask, "naive")
+        assert (expected == 0).all(dim=-1).any() == masked
+        torch.testing.assert_close(compiled(states, grid, key_mask), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "grid", "more", "message"),
+    ("dtype", "head_dim", "grid", "message"),
     [
-        (torch.float64, 16, Grid(9, 15), {}, "bfloat16, float16 and float32, not float64"),
-        (torch.float32, 8, Grid(9, 15), {}, "16 to 256 channels, not 8"),
-        (torch.float32, 16, Grid(9, 14), {}, "128 tokens or more, not 126"),
-        (torch.float32, 16, Grid(9, 15), {"key_mask": torch.ones(1, 135, dtype=torch.bool)}, "no mask of valid keys"),
+        (torch.float64, 16, Grid(9, 15), "bfloat16, float16 and float32, not float64"),
+        (torch.float32, 8, Grid(9, 15), "16 to 256 channels, not 8"),
+        (torch.float32, 16, Grid(9, 14), "128 tokens or more, not 126"),
     ],
 )
-def test_calls_that_it_cannot_run_are_refused(dtype, head_dim, grid, more, message):
+def test_calls_that_it_cannot_run_are_refused(dtype, head_dim, grid, message):
     states = [torch.randn(1, 2, grid.num_tokens, head_dim, dtype=dtype) for _ in range(3)]
     with pytest.raises(LinearizeError, match=message):
-        explain_backend(*states, grid=grid, num_text_tokens=0, window=3, backend="flex", **more)
+        explain_backend(*states, grid=grid, num_text_tokens=0, window=3, backend="flex")
 
 
 def test_training_on_a_cpu_is_refused():
@@ -146,17 +148,20 @@ def test_training_on_a_cpu_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("region", sorted(REGIONS))
 @pytest.mark.parametrize("tile", [None, (8, 16)])
 @pytest.mark.parametrize("grids", [(Grid(19, 37),), (Grid(32, 48),), (Grid(19, 37), Grid(11, 23))], ids=str)
-def test_gradients_on_a_gpu(grids, tile, region):
+def test_gradients_on_a_gpu(grids, tile, region, masked):
     layout = Layout(33, grids, tile=tile)
     exact = [torch.randn(2, heads, layout.num_tokens, 64, dtype=torch.float64) for heads in (4, 2, 2)]
     arguments = {"grid": grids, "num_text_tokens": 33, "window": 9, "tile": tile, "region": region}
+    key_mask = torch.rand(2, layout.num_tokens) > 0.3
     results = []
     for device, dtype, backend in (("cpu", torch.float64, "naive"), ("cuda", torch.bfloat16, "flex")):
         states = [state.to(device, dtype).requires_grad_() for state in exact]
-        output = local_attention(*states, backend=backend, **arguments)
+        valid = key_mask.to(device) if masked else None
+        output = local_attention(*states, key_mask=valid, backend=backend, **arguments)
         gradients = torch.autograd.grad(output.sin().sum(), states)
         results.append([tensor.detach().cpu().double() for tensor in (output, *gradients)])
     for expected, found in zip(*results, strict=True):

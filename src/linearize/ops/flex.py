@@ -42,16 +42,16 @@ def flex_local_attention(
         [batch, heads, tokens, head_dim].
     """
     states = (_addressable(query), _addressable(key), _addressable(value))
+    kind = (layout, region, num_pooled, query.device)
     if torch.compiler.is_compiling():
-        return _attend(*states, block_mask(layout, region, num_pooled, query.device), scale)
+        return _attend(*states, block_mask(*kind, key_mask), scale, key_mask is None)
+    mask = _fixed_mask(*kind) if key_mask is None else block_mask(*kind, key_mask)
     needs_grad = any(tensor.requires_grad for tensor in states)
-    call, mask = _compiled(
-        layout, region, num_pooled, tuple(query.shape), key.shape[1], query.dtype, query.device, needs_grad
-    )
-    return call(*states, mask, scale)
+    call = _compiled(*kind, tuple(query.shape), key.shape[1], query.dtype, key_mask is None, needs_grad)
+    return call(*states, mask, scale, key_mask is None)
 
 
-def refusal(query: Tensor, *, layout: Layout, key_mask: Tensor | None, needs_grad: bool, **_: object) -> str | None:
+def refusal(query: Tensor, *, layout: Layout, needs_grad: bool, **_: object) -> str | None:
     """Why FlexAttention cannot compute a call here, in one clause, or None."""
     machine = _machine_refusal(query.device)
     if machine is not None:
@@ -62,9 +62,7 @@ def refusal(query: Tensor, *, layout: Layout, key_mask: Tensor | None, needs_gra
         return f"it takes bfloat16, float16 and float32, not {str(query.dtype).removeprefix('torch.')}"
     if not HEAD_DIMS[0] <= query.shape[-1] <= HEAD_DIMS[1]:
         return f"it takes heads of {HEAD_DIMS[0]} to {HEAD_DIMS[1]} channels, not {query.shape[-1]}"
-    if layout.num_tokens < BLOCK:
-        return f"it takes {BLOCK} tokens or more, not {layout.num_tokens}"
-    return None if key_mask is None else "it takes no mask of valid keys"
+    return None if layout.num_tokens >= BLOCK else f"it takes {BLOCK} tokens or more, not {layout.num_tokens}"
 
 
 def _machine_refusal(device: torch.device) -> str | None:
@@ -91,7 +89,7 @@ def _addressable(states: Tensor) -> Tensor:
     return states if torch.is_grad_enabled() else states.detach()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, sees_itself: bool) -> Tensor:
     return flex_attention(
         query,
         key,
@@ -99,26 +97,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: f
         block_mask=mask,
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
-        # Every query sees itself.
-        kernel_options={"ROWS_GUARANTEED_SAFE": True},
+        kernel_options={"ROWS_GUARANTEED_SAFE": sees_itself},
     )
 
 
+_fixed_mask = lru_cache(maxsize=32)(block_mask)
+
+
 @lru_cache(maxsize=128)
-def _compiled(
-    layout: Layout,
-    region: Region,
-    num_pooled: int,
-    shape: tuple[int, ...],
-    num_key_heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    needs_grad: bool,
-) -> tuple[Callable[..., Tensor], BlockMask]:
-    """`_attend` and its mask, compiled for one kind of call.
+def _compiled(*kind: object) -> Callable[..., Tensor]:
+    """`_attend`, compiled for one kind of call.
 
     A compiler gives up on a code object after some recompilations, and FlexAttention then silently weighs all pairs of
     tokens. So each kind of call has a code object of its own, and whatever would still not compile is an error.
     """
     function = FunctionType(_attend.__code__.replace(), globals(), _attend.__name__)
-    return torch.compile(function, fullgraph=True, dynamic=False), block_mask(layout, region, num_pooled, device)
+    return torch.compile(function, fullgraph=True, dynamic=False)

@@ -22,7 +22,9 @@ PAIRS_AT_ONCE = 1 << 22
 TEXT, IMAGE, POOLED = range(3)
 
 
-def block_mask(layout: Layout, region: Region, num_pooled: int, device: torch.device) -> BlockMask:
+def block_mask(
+    layout: Layout, region: Region, num_pooled: int, device: torch.device, key_mask: Tensor | None = None
+) -> BlockMask:
     """The mask of a region, of text and of pooled keys behind all tokens, for any grid, order and number of tokens.
 
     Blocks are 128 consecutive tokens. Those whose queries all see all keys are kept apart, as they need no mask. Tables
@@ -34,8 +36,9 @@ def block_mask(layout: Layout, region: Region, num_pooled: int, device: torch.de
         region: Which image tokens an image token sees.
         num_pooled: Keys that stand behind all tokens and that every image query sees.
         device: Where the tables go.
+        key_mask: [batch, tokens + num_pooled], True where a key is valid; with it all blocks need a mask.
     """
-    tables = _tables(layout, region, num_pooled, device)
+    tables = _tables(layout, region, num_pooled, device, key_mask is not None)
     return BlockMask(
         seq_lengths=(layout.num_tokens, layout.num_tokens + num_pooled),
         kv_num_blocks=tables[0],
@@ -47,16 +50,17 @@ def block_mask(layout: Layout, region: Region, num_pooled: int, device: torch.de
         full_q_num_blocks=tables[6],
         full_q_indices=tables[7],
         BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=_mask_mod(region, tables[8], Places(*tables[9:])),
+        mask_mod=_mask_mod(region, tables[8], Places(*tables[9:]), key_mask),
     )
 
 
 @constant_table
 @lru_cache(maxsize=16)
-def _tables(layout: Layout, region: Region, num_pooled: int, device: torch.device) -> tuple[Tensor, ...]:
+def _tables(layout: Layout, region: Region, num_pooled: int, device: torch.device, masked: bool) -> tuple[Tensor, ...]:
     """The eight lists of a `BlockMask`, and behind them kind, row, column, grid height and grid width of all keys."""
     tokens = _Tokens.of(layout, num_pooled)
     touched, full = _block_sight(region, tokens.first(layout.num_tokens), tokens)
+    full &= not masked
     partial = touched & ~full
     listed = [table for mask in (partial, full, partial.T, full.T) for table in _listed(mask)]
     return tuple(table.to(device, torch.int32) for table in (*listed, tokens.kind, *tokens.place.T.contiguous()))
@@ -160,13 +164,20 @@ def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
     return counts[None, None], indices[None, None]
 
 
-def _mask_mod(region: Region, kind: Tensor, places: Places) -> Callable[..., Tensor]:
+def visited_pairs(layout: Layout, region: Region) -> int:
+    """Number of pairs of tokens in the blocks that are looked at, text included."""
+    tables = _tables(layout, region, 0, torch.device("cpu"), False)
+    return int(tables[0].sum() + tables[2].sum()) * BLOCK * BLOCK
+
+
+def _mask_mod(region: Region, kind: Tensor, places: Places, key_mask: Tensor | None) -> Callable[..., Tensor]:
     """Sight by the tokens' coordinates: tables of one number for each token, never one number for each pair."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = region.sees(Places(*(table[query] for table in places)), Places(*(table[key] for table in places)))
         text_sees = kind[key] != POOLED
         image_sees = (kind[key] != IMAGE) | near
-        return torch.where(kind[query] == TEXT, text_sees, image_sees)
+        sees = torch.where(kind[query] == TEXT, text_sees, image_sees)
+        return sees if key_mask is None else sees & key_mask[batch, key]
 
     return mask_mod
