@@ -59,7 +59,7 @@ def test_it_is_the_dense_partition(grids, window, tile, masked):
 
 
 def test_batches_of_tiles_make_no_difference(monkeypatch):
-    monkeypatch.setattr(tile_states, "KEYS_PER_BATCH", 1500)
+    monkeypatch.setattr(tile_states, "NUMBERS_AT_A_TIME", 2_000_000)
     compare(Layout(0, (Grid(21, 37),)), 5)
 
 

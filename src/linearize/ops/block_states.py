@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linearize.layout import Layout
 from linearize.ops.disc import coordinates
+from linearize.ops.products import aligned, for_products, wide_matmul
 
 
 class Blocks(NamedTuple):
@@ -48,7 +49,7 @@ class Blocks(NamedTuple):
 
     def gather(self, states: Tensor) -> Tensor:
         """The inverse of `spread`."""
-        return states.flatten(2, 3)[:, :, self.place]
+        return states.flatten(2, 3).index_select(2, self.place)
 
 
 # Tables are built outside inference mode, as one that is first made while sampling is used for training later, and
@@ -85,11 +86,13 @@ def mix_block_states(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, blo
         blocks: Of the tokens.
 
     Returns:
-        [batch, heads, tokens, channels].
+        [batch, heads, tokens, channels]: bf16 on a GPU where query, key and value are, with states in float32; else
+        float32 at least.
     """
-    states = torch.matmul(blocks.spread(key).transpose(-1, -2), blocks.spread(value))
-    mixed = torch.matmul(mix, states.flatten(3)).unflatten(3, states.shape[3:])
-    return blocks.gather(torch.matmul(blocks.spread(query), mixed))
+    query, key, value = for_products(query, key, value)
+    states = wide_matmul(blocks.spread(key).transpose(-1, -2), blocks.spread(aligned(value)))
+    mixed = torch.matmul(mix.to(states.dtype), states.flatten(3)).unflatten(3, states.shape[3:])
+    return blocks.gather(torch.matmul(blocks.spread(query), mixed.to(query.dtype)))[..., : value.shape[-1]]
 
 
 def mix_block_states_naive(query: Tensor, key: Tensor, value: Tensor, mix: Tensor, blocks: Blocks) -> Tensor:

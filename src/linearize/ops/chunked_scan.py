@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from linearize.ops.precision import widen
+from linearize.ops.products import aligned, in_chunks, wide_matmul
 
 # Tokens of a chunk: within it weights are explicit, between chunks states are carried on.
 CHUNK = 128
@@ -37,22 +37,16 @@ def chunked(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, bac
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, backward_gate: Tensor) -> Tensor:
-    num_tokens, width = query.shape[2], forward_gate.shape[-1]
+    num_tokens, width, channels = query.shape[2], forward_gate.shape[-1], value.shape[-1]
     query, key, value, ahead, behind = (
-        in_chunks(states, CHUNK) for states in (query, key, value, forward_gate, backward_gate)
+        in_chunks(states, CHUNK) for states in (query, key, aligned(value), forward_gate, backward_gate)
     )
     # From the chunk's start: through the token's own gate, and up to it without.
     before, after = ahead.cumsum(dim=-2), shifted(behind).cumsum(dim=-2)
     ends = before[..., -1:, :], after[..., -1:, :] + behind[..., -1:, :]
     within = _within_chunks_of_heads if width == 1 else _within_chunks_of_channels
     output = within(query, key, value, before, after) + _between_chunks(query, key, value, before, after, *ends)
-    return output.flatten(2, 3)[:, :, :num_tokens]
-
-
-def in_chunks(states: Tensor, size: int) -> Tensor:
-    """[batch, heads, tokens, channels] to [batch, heads, chunks, size, channels], zeros where there is no token."""
-    missing = -states.shape[2] % size
-    return (F.pad(states, (0, 0, 0, missing)) if missing else states).unflatten(2, (-1, size))
+    return output.flatten(2, 3)[:, :, :num_tokens, :channels]
 
 
 def shifted(states: Tensor) -> Tensor:
@@ -95,9 +89,9 @@ def _between_chunks(
     """Pairs of different chunks, through the states of all earlier and of all later ones."""
     reads = torch.cat([_times(query, before), _times(query, end_after - after)], dim=-1)
     writes = torch.cat([_times(key, end_before - before), _times(key, after)], dim=-1)
-    added = (writes.transpose(-1, -2) @ value).unflatten(-2, (2, -1))
+    added = wide_matmul(writes.transpose(-1, -2), value).unflatten(-2, (2, -1))
     kept = torch.stack([end_before, end_after], dim=2)[..., 0, :]
-    states = carry_states(widen(added.movedim(-3, 2)), kept).movedim(2, -3)
+    states = carry_states(added.movedim(-3, 2), kept).movedim(2, -3)
     return reads @ states.flatten(-3, -2).to(query.dtype)
 
 

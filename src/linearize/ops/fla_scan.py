@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.extras import missing_sentence
-from linearize.ops.chunked_scan import carry_states, chunked, in_chunks, shifted
+from linearize.ops.chunked_scan import carry_states, chunked, shifted
 from linearize.ops.precision import widen
+from linearize.ops.products import aligned, in_chunks, wide_matmul
 
 # Query, key, value and logarithmic gate, [batch, tokens, heads, ...], to sum_{j <= i} (q_i M_ij k_j) v_j.
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -59,18 +60,13 @@ def both_ways(
 
     Both are one call on twice the batch: the kernels that carry states on have little else to do at a time.
     """
-    aligned = [_aligned(states) for states in (query, key, value)]
-    gates = [gate if gate.shape[-1] == 1 else _aligned(gate) for gate in (forward_gate, backward_gate)]
-    pairs = [(states, states) for states in aligned] + [(gates[0], gates[1])]
+    whole = [aligned(states, ALIGNMENT) for states in (query, key, value)]
+    gates = [gate if gate.shape[-1] == 1 else aligned(gate, ALIGNMENT) for gate in (forward_gate, backward_gate)]
+    pairs = [(states, states) for states in whole] + [(gates[0], gates[1])]
     turned = ((ahead.transpose(1, 2), behind.transpose(1, 2).flip(1)) for ahead, behind in pairs)
     found = scan(*(torch.cat(directions) for directions in turned))
     ahead, behind = found[..., : value.shape[-1]].transpose(1, 2).chunk(2)
     return ahead, behind.flip(2)
-
-
-def _aligned(states: Tensor) -> Tensor:
-    missing = -states.shape[-1] % ALIGNMENT
-    return F.pad(states, (0, missing)) if missing else states
 
 
 class ScanOfHeads(torch.autograd.Function):
@@ -131,13 +127,13 @@ def gate_gradient(excess: Tensor, query: Tensor, key: Tensor, value: Tensor, gra
     """
     num_tokens = query.shape[2]
     excess, query, key, value, gradient, gate = (
-        in_chunks(states, ANCHOR) for states in (excess, query, key, value, gradient, gate)
+        in_chunks(states, ANCHOR) for states in (excess, query, key, aligned(value), aligned(gradient), gate)
     )
     before = gate.cumsum(dim=-2)
     end = before[..., -1:, :]
-    earlier = (key * (end - before).exp().to(key.dtype)).transpose(-1, -2) @ value
-    later = (query * before.exp().to(query.dtype)).transpose(-1, -2) @ gradient
-    added, kept = widen(torch.stack([earlier, later], dim=2)), end[..., 0, :]
+    earlier = wide_matmul((key * (end - before).exp().to(key.dtype)).transpose(-1, -2), value)
+    later = wide_matmul((query * before.exp().to(query.dtype)).transpose(-1, -2), gradient)
+    added, kept = torch.stack([earlier, later], dim=2), end[..., 0, :]
     states, behind = carry_states(added, torch.stack([kept, kept], dim=2)).unbind(dim=2)
     at_start = (states * (added[:, :, 1] + end.exp() * behind)).sum(dim=(-2, -1))
     at_end = F.pad(at_start, (0, 1))[..., 1:]

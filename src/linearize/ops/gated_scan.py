@@ -13,6 +13,7 @@ from linearize.errors import LinearizeError
 from linearize.ops.chunked_scan import CHUNK, chunked
 from linearize.ops.fla_scan import fla, refusal
 from linearize.ops.precision import widen
+from linearize.ops.products import for_products
 
 
 def bidirectional_gated_attention(
@@ -51,10 +52,7 @@ def bidirectional_gated_attention(
         raise LinearizeError(f"unknown backend {backend!r}, choose one of auto, {', '.join(BACKENDS)}")
     if backward_gate is None:
         backward_gate = F.pad(forward_gate, (0, 0, 0, 1))[:, :, 1:]
-    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-    if dtype != torch.bfloat16 or value.device.type != "cuda":
-        dtype = torch.promote_types(dtype, torch.float32)
-    query, key, value = (states.to(dtype) for states in (query, key, value))
+    query, key, value = for_products(query, key, value)
     gates = widen(forward_gate), widen(backward_gate)
     if backend in ("auto", "fla"):
         backend = _choose(backend, value, query.shape[-1], forward_gate.shape[-1])

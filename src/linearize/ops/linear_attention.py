@@ -11,7 +11,11 @@ from torch import Tensor
 from linearize.layout import Layout
 from linearize.ops.feature_maps import Features
 from linearize.ops.precision import widen
+from linearize.ops.products import for_products, in_chunks, wide_matmul, with_ones
 from linearize.ops.softmax_mass import softmax_with_mass
+
+# Most tokens whose state is one matrix product.
+TOKENS_OF_A_STATE = 4096
 
 
 class LinearPart(NamedTuple):
@@ -66,13 +70,29 @@ def linear_attention(
             map: weights that depend on relative positions, but may be negative and do not sum to 1).
 
     Returns:
-        A part of [batch, heads, queries, head_dim], in float32 at least.
+        A part of [batch, heads, queries, head_dim]: bf16 on a GPU where features and value are, with states summed in
+        float32; else float32 at least.
     """
-    rotated_query, rotated_key = (query.values, key.values) if rotated is None else rotated
-    keys, rotated_key = (mask_keys(widen(states), key_mask) for states in (key.values, rotated_key))
-    state = rotated_key.transpose(-1, -2) @ widen(value)
-    mass = widen(query.values) @ keys.sum(dim=-2)[..., None]
-    return LinearPart(widen(rotated_query) @ state, mass, query.log_scale + key.log_scale)
+    log_scale = query.log_scale + key.log_scale
+    queries, keys, value = for_products(query.values, mask_keys(key.values, key_mask), value)
+    if rotated is None:
+        sums = queries @ state_of(keys, with_ones(value)).to(queries.dtype)
+        return LinearPart(sums[..., : value.shape[-1]], sums[..., value.shape[-1], None], log_scale)
+    rotated_queries, rotated_keys = (states.to(value.dtype) for states in rotated)
+    state = state_of(mask_keys(rotated_keys, key_mask), value)
+    mass = queries @ widen(keys).sum(dim=-2)[..., None].to(queries.dtype)
+    return LinearPart(rotated_queries @ state.to(queries.dtype), mass, log_scale)
+
+
+def state_of(key: Tensor, value: Tensor) -> Tensor:
+    """sum_j key_j value_j^T, [batch, heads, num_features, channels], in float32 at least.
+
+    It is summed over chunks of tokens first: one product for each head would leave most of a GPU idle.
+    """
+    num_tokens = key.shape[2]
+    size = -(-num_tokens // max(1, -(-num_tokens // TOKENS_OF_A_STATE)))
+    keys, values = (in_chunks(states, max(1, size)) for states in (key, value))
+    return wide_matmul(keys.transpose(-1, -2), values).sum(dim=2)
 
 
 def dense_linear_weights(
@@ -123,7 +143,7 @@ def weigh(scores: Tensor, value: Tensor, seen: Tensor | None = None) -> SoftmaxP
     mass = weights.sum(dim=-1, keepdim=True)
     tiny = torch.finfo(mass.dtype).tiny
     log_mass = torch.where(mass > 0, mass.clamp(min=tiny).log() + largest, -torch.inf)
-    return SoftmaxPart(weights @ value / mass.clamp(min=tiny), log_mass, maximum)
+    return SoftmaxPart(weights.to(value.dtype) @ value / mass.clamp(min=tiny), log_mass, maximum)
 
 
 def merge(first: SoftmaxPart | None, second: SoftmaxPart) -> SoftmaxPart:

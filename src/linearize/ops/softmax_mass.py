@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.precision import widen
+from linearize.ops.products import wide_matmul
 
 # Scores that are in memory at a time where no fused kernel computes them.
 SCORES_AT_A_TIME = 2**26
@@ -64,11 +65,11 @@ class _Softmax(torch.autograd.Function):
         of_query, of_key, of_value = [], torch.zeros_like(widen(key)), torch.zeros_like(widen(value))
         for some in _blocks(query, key):
             weights = (_scores(query[:, :, some], key, key_mask, ctx.scale) - log_mass[:, :, some]).exp()
-            of_weights = widen(of_output[:, :, some] @ value.transpose(-1, -2))
+            of_weights = wide_matmul(of_output[:, :, some], value.transpose(-1, -2))
             of_scores = (weights * (of_weights + shift[:, :, some]) * ctx.scale).to(query.dtype)
             of_query.append(of_scores @ key)
-            of_key += of_scores.transpose(-1, -2) @ query[:, :, some]
-            of_value += weights.to(value.dtype).transpose(-1, -2) @ of_output[:, :, some]
+            of_key += wide_matmul(of_scores.transpose(-1, -2), query[:, :, some])
+            of_value += wide_matmul(weights.to(value.dtype).transpose(-1, -2), of_output[:, :, some])
         return torch.cat(of_query, dim=2), of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
 
@@ -105,7 +106,7 @@ def _in_blocks(
 
 def _scores(query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     """[batch, heads, queries, keys]; a score rounded to bf16 would be off by more than its weight may be."""
-    scores = widen(query) @ widen(key).transpose(-1, -2) * scale
+    scores = wide_matmul(query, key.transpose(-1, -2)) * scale
     return scores if key_mask is None else scores.masked_fill(~key_mask[:, None, None], -torch.inf)
 
 

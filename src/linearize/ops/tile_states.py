@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from linearize.layout import Grid, Layout, tile_spans
 from linearize.ops.disc import exact_pairs
 from linearize.ops.linear_attention import LinearPart, SoftmaxPart, mask_keys, weigh
+from linearize.ops.products import for_products, wide_matmul, with_ones
 
 # Side of the tiles in tokens. Queries of a tile share what they gather: the tiles that their windows reach.
 SIDE = 8
 # Row and column of what is no token.
 FAR = 1 << 20
-# Gathered keys of one batch of tiles, which bounds the memory of what lies between inputs and outputs.
-KEYS_PER_BATCH = 1 << 16
+# Numbers in what a batch of tiles gathers and weighs, which bounds the memory between inputs and outputs.
+NUMBERS_AT_A_TIME = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class TileTables:
         coordinates: [tiles, SIDE^2, 2] row and column of each token, far away for repetitions.
         near: [tiles, near tiles] the tiles that a window from the tile may reach; `num_tiles` stands for none.
         index: [num_image_tokens] where each image token is among tiles x SIDE^2.
+        sides: Rows and columns of tiles of each grid.
+        reach: Tiles that a window reaches to either side.
     """
 
     tokens: Tensor
@@ -38,6 +42,8 @@ class TileTables:
     coordinates: Tensor
     near: Tensor
     index: Tensor
+    sides: tuple[tuple[int, int], ...]
+    reach: int
 
 
 def window_with_complement(
@@ -54,8 +60,8 @@ def window_with_complement(
     """Softmax over the disc dy^2 + dx^2 < window^2, and linear attention over all image tokens outside of it.
 
     In the tiles that a tile's windows reach, pairs outside the disc have explicit weights phi(q) phi(k). All farther
-    tiles are one state: the sum of all tiles' states minus those of the near ones. Nothing grows faster than tokens x
-    window^2, and the subtraction takes place among states in the type of the inputs, which should be float32 at least.
+    tiles are one state, a sum over rows and columns of tiles: nothing is subtracted. Nothing grows faster than tokens x
+    window^2. Products are bf16 on a GPU where the inputs are, with scores and sums in float32.
 
     Args:
         query: [batch, heads, image tokens, head_dim], rotated.
@@ -71,20 +77,26 @@ def window_with_complement(
         Both parts of [batch, heads, image tokens, head_dim], to be joined; the linear one has log_scale 0.
     """
     tables = tile_tables(layout, window, query.device)
-    tiles = [_in_tiles(states, tables) for states in (query, key, value)]
-    mapped = _in_tiles(mask_keys(features[1], key_mask), tables) * tables.is_token[..., None]
-    states = _states_of_far_tiles(mapped, tiles[2], tables)
-    near, far = [], []
-    for some in _batches(tables):
+    query, key, value, mapped_query, mapped_key = for_products(query, key, value, *features)
+    queries, mapped_queries, keys, values, mapped_keys = (
+        _in_tiles(states, tables)
+        for states in (query, mapped_query, key, with_ones(value), mask_keys(mapped_key, key_mask))
+    )
+    mapped_keys = mapped_keys * tables.is_token[..., None]
+    far = states_of_far_tiles(wide_matmul(mapped_keys.transpose(-1, -2), values).to(value.dtype), tables)
+    neighbours = [_with_none(states) for states in (keys, values, mapped_keys, _valid(key_mask, tables))]
+
+    def attend(some: slice) -> tuple[Tensor, ...]:
         inside = _inside(tables, some, window)
-        near.append(_softmax(tiles, inside, tables, some, scale, key_mask))
-        mapped_query, values = _in_tiles(features[0], tables, some), _near(tiles[2], tables, some)
+        near_keys, near_values, near_mapped, valid = (_near(states, tables, some) for states in neighbours)
+        softmax = _softmax(queries[:, :, some], near_keys, near_values[..., : value.shape[-1]], inside, valid, scale)
         # Keys that do not count have no features.
-        weights = (mapped_query @ _near(mapped, tables, some).transpose(-1, -2)).masked_fill(inside, 0.0)
-        ones = torch.ones_like(values[..., :1])
-        far.append(mapped_query @ states[:, :, some] + weights @ torch.cat([values, ones], dim=-1))
-    sums = _from_tiles(far, tables)
-    return _joined(near, tables), LinearPart(sums[..., :-1], sums[..., -1:], sums.new_zeros(()))
+        weights = (mapped_queries[:, :, some] @ near_mapped.transpose(-1, -2)).masked_fill(inside, 0.0)
+        return *softmax, mapped_queries[:, :, some] @ far[:, :, some] + weights @ near_values
+
+    output, log_mass, largest, sums = _in_batches(attend, tables, queries)
+    linear = LinearPart(sums[..., : value.shape[-1]], sums[..., value.shape[-1], None], sums.new_zeros(()))
+    return SoftmaxPart(output, log_mass, largest), linear
 
 
 def window_softmax(
@@ -99,9 +111,15 @@ def window_softmax(
 ) -> SoftmaxPart:
     """The first part of `window_with_complement` alone."""
     tables = tile_tables(layout, window, query.device)
-    tiles = [_in_tiles(states, tables) for states in (query, key, value)]
-    parts = [_softmax(tiles, _inside(tables, some, window), tables, some, scale, key_mask) for some in _batches(tables)]
-    return _joined(parts, tables)
+    queries, keys, values = (_in_tiles(states, tables) for states in for_products(query, key, value))
+    neighbours = [_with_none(states) for states in (keys, values, _valid(key_mask, tables))]
+
+    def attend(some: slice) -> tuple[Tensor, ...]:
+        near_keys, near_values, valid = (_near(states, tables, some) for states in neighbours)
+        inside = _inside(tables, some, window)
+        return _softmax(queries[:, :, some], near_keys, near_values, inside, valid, scale)
+
+    return SoftmaxPart(*_in_batches(attend, tables, queries))
 
 
 def window_flops(layout: Layout, window: int, head_dim: int, num_features: int = 0) -> int:
@@ -121,22 +139,39 @@ def window_flops(layout: Layout, window: int, head_dim: int, num_features: int =
 
 
 def _softmax(
-    tiles: list[Tensor],
-    inside: Tensor,
-    tables: TileTables,
-    some: slice,
-    scale: float,
-    key_mask: Tensor | None,
-) -> SoftmaxPart:
-    """Softmax over the disc for some tiles of queries, [batch, heads, tiles, SIDE^2, head_dim]."""
-    query, key, value = tiles
+    query: Tensor, key: Tensor, value: Tensor, inside: Tensor, valid: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mass and largest score over the disc for some tiles of queries, [batch, heads, tiles, SIDE^2, ...]."""
     # Repetitions are far away from everything, and so never inside.
-    seen = inside
-    if key_mask is not None:
-        valid = _in_tiles(key_mask[:, None, :, None], tables)
-        seen = inside & _near(valid, tables, some).transpose(-1, -2)
-    scores = query[:, :, some] @ _near(key, tables, some).transpose(-1, -2) * scale
-    return weigh(scores, _near(value, tables, some), seen)
+    part = weigh(wide_matmul(query, key.transpose(-1, -2)) * scale, value, inside & valid.transpose(-1, -2))
+    assert part.largest is not None
+    return part.output, part.log_mass, part.largest
+
+
+def _valid(key_mask: Tensor | None, tables: TileTables) -> Tensor:
+    """Which keys count, [batch or 1, 1, tiles, SIDE^2, 1]."""
+    if key_mask is None:
+        return tables.is_token[None, None, ..., None]
+    return _in_tiles(key_mask[:, None, :, None], tables)
+
+
+def _in_batches(
+    attend: Callable[[slice], tuple[Tensor, ...]], tables: TileTables, queries: Tensor
+) -> tuple[Tensor, ...]:
+    """What `attend` says of some tiles at a time, [batch, heads, image tokens, channels] each.
+
+    Of several batches only the outputs are kept for the gradient.
+    """
+    of_a_tile = queries[:, :, 0, :, 0].numel() * tables.near.shape[1] * (SIDE**2 + 3 * queries.shape[-1])
+    size, num_tiles = max(1, NUMBERS_AT_A_TIME // of_a_tile), len(tables.near)
+    batches = [slice(start, start + size) for start in range(0, num_tiles, size)]
+    if len(batches) == 1:
+        parts = [attend(batches[0])]
+    else:
+        parts = [checkpoint(attend, some, use_reentrant=False, preserve_rng_state=False) for some in batches]
+    return tuple(
+        torch.cat(some, dim=2).flatten(2, 3).index_select(2, tables.index) for some in zip(*parts, strict=True)
+    )
 
 
 def _inside(tables: TileTables, some: slice, window: int) -> Tensor:
@@ -147,42 +182,56 @@ def _inside(tables: TileTables, some: slice, window: int) -> Tensor:
     return (away.square().sum(dim=-1) < window**2) & tables.is_token[some][:, :, None]
 
 
-def _states_of_far_tiles(key: Tensor, value: Tensor, tables: TileTables) -> Tensor:
-    """For each tile the state of all tiles that are not near, [batch, heads, tiles, num_features, head_dim + 1]."""
-    states = key.transpose(-1, -2) @ torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
-    padded = torch.cat([states, torch.zeros_like(states[:, :, :1])], dim=2)
-    near = torch.zeros_like(states)
-    for neighbour in tables.near.unbind(dim=1):
-        near = near + padded[:, :, neighbour]
-    # Where all tiles are near, what is left is nothing, and not what rounding leaves.
-    is_all = (tables.near < len(tables.near)).sum(dim=1) == len(tables.near)
-    return (states.sum(dim=2, keepdim=True) - near).masked_fill(is_all[:, None, None], 0.0)
+def states_of_far_tiles(states: Tensor, tables: TileTables) -> Tensor:
+    """For each tile the sum of the states of all tiles that are not near.
+
+    These are all in rows of tiles that are out of reach, and in the other rows those in columns that are. Sums over
+    rows, and over columns, are products with matrices of zeros and ones.
+
+    Args:
+        states: [batch, heads, tiles, num_features, channels].
+        tables: Which tiles are near.
+    """
+    parts = states.flatten(3).split([rows * columns for rows, columns in tables.sides], dim=2)
+    maps = [part.unflatten(2, sides) for part, sides in zip(parts, tables.sides, strict=True)]
+    sums = []
+    for rows, columns in tables.sides:
+        far = []
+        for part, (key_rows, key_columns) in zip(maps, tables.sides, strict=True):
+            near_rows, near_columns = (
+                _reaches(*sizes, tables.reach, states) for sizes in ((rows, key_rows), (columns, key_columns))
+            )
+            beside = _sum_over_rows(near_rows, (1 - near_columns) @ part)
+            far.append(beside + _sum_over_rows(1 - near_rows, part.sum(dim=3, keepdim=True)))
+        sums.append(sum(far[1:], far[0]).flatten(2, 3))
+    return torch.cat(sums, dim=2).unflatten(3, states.shape[3:])
 
 
-def _in_tiles(states: Tensor, tables: TileTables, some: slice | None = None) -> Tensor:
-    """[batch, heads, image tokens, channels] to [batch, heads, (some) tiles, SIDE^2, channels]."""
-    return states[:, :, tables.tokens if some is None else tables.tokens[some]]
+def _reaches(num_queries: int, num_keys: int, reach: int, like: Tensor) -> Tensor:
+    """1 where a row (or column) of tiles is within reach of another, [queries, keys]."""
+    query, key = (torch.arange(size, device=like.device) for size in (num_queries, num_keys))
+    return ((query[:, None] - key).abs() <= reach).to(like.dtype)
 
 
-def _from_tiles(parts: list[Tensor], tables: TileTables) -> Tensor:
-    """The inverse of `_in_tiles`, on batches of tiles."""
-    return torch.cat(parts, dim=2).flatten(2, 3)[:, :, tables.index]
+def _sum_over_rows(weights: Tensor, maps: Tensor) -> Tensor:
+    """[sums, rows] times maps [batch, heads, rows, columns, numbers]."""
+    return (weights @ maps.flatten(3)).unflatten(3, maps.shape[3:])
 
 
-def _joined(parts: list[SoftmaxPart], tables: TileTables) -> SoftmaxPart:
-    output, log_mass, largest = (_from_tiles(list(some), tables) for some in zip(*parts, strict=True))
-    return SoftmaxPart(output, log_mass, largest)
+def _in_tiles(states: Tensor, tables: TileTables) -> Tensor:
+    """[batch, heads, image tokens, channels] to [batch, heads, tiles, SIDE^2, channels]."""
+    return states.index_select(2, tables.tokens.flatten()).unflatten(2, tables.tokens.shape)
+
+
+def _with_none(states: Tensor) -> Tensor:
+    """Tiles, and behind them one of zeros for no tile."""
+    return torch.cat([states, torch.zeros_like(states[:, :, :1])], dim=2)
 
 
 def _near(states: Tensor, tables: TileTables, some: slice) -> Tensor:
-    """[batch, heads, tiles, SIDE^2, channels] to [batch, heads, some tiles, near keys, channels]; zeros for no tile."""
-    padded = torch.cat([states, torch.zeros_like(states[:, :, :1])], dim=2)
-    return padded[:, :, tables.near[some]].flatten(3, 4)
-
-
-def _batches(tables: TileTables) -> Iterator[slice]:
-    size = max(1, KEYS_PER_BATCH // (tables.near.shape[1] * SIDE**2))
-    return (slice(start, start + size) for start in range(0, len(tables.near), size))
+    """What `_with_none` returns to [batch, heads, some tiles, near keys, channels]."""
+    near = tables.near[some]
+    return states.index_select(2, near.flatten()).unflatten(2, near.shape).flatten(3, 4)
 
 
 @torch.compiler.disable
@@ -206,20 +255,21 @@ def tile_tables(layout: Layout, window: int, device: torch.device) -> TileTables
         raster, is_token = torch.stack(tokens), torch.stack(valid)
         index = torch.empty(layout.num_image_tokens, dtype=torch.long)
         index[raster[is_token]] = torch.arange(is_token.numel()).view_as(is_token)[is_token]
-        tables = TileTables(
-            layout.tile_to_raster()[raster],
-            is_token,
-            torch.stack(coordinates),
-            _near_tiles(layout.grids, corners, window),
-            index[layout.raster_to_tile()],
+        return TileTables(
+            layout.tile_to_raster()[raster].to(device),
+            is_token.to(device),
+            torch.stack(coordinates).to(device),
+            _near_tiles(layout.grids, corners, window).to(device),
+            index[layout.raster_to_tile()].to(device),
+            _sides(layout.grids),
+            _reach(window),
         )
-        return TileTables(*(table.to(device) for table in vars(tables).values()))
 
 
 def _near_tiles(grids: tuple[Grid, ...], corners: list[tuple[int, int]], window: int) -> Tensor:
     """For each tile those, in all grids, that a window from it may reach, [tiles, near tiles]."""
-    reach = -(-(window - 1) // SIDE)
-    first, sizes = [0], [(-(-grid.height // SIDE), -(-grid.width // SIDE)) for grid in grids]
+    reach = _reach(window)
+    first, sizes = [0], _sides(grids)
     for rows, columns in sizes[:-1]:
         first.append(first[-1] + rows * columns)
     spread = torch.arange(-reach, reach + 1)
@@ -231,6 +281,16 @@ def _near_tiles(grids: tuple[Grid, ...], corners: list[tuple[int, int]], window:
         exists = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
         near.append(torch.where(exists, start + row * columns + column, len(corners)).flatten(1))
     return torch.cat(near, dim=1).sort(dim=1).values[:, : _most(near, len(corners))]
+
+
+def _reach(window: int) -> int:
+    """Tiles that a window reaches to either side of a tile."""
+    return -(-(window - 1) // SIDE)
+
+
+def _sides(grids: tuple[Grid, ...]) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of tiles of each grid."""
+    return tuple((-(-grid.height // SIDE), -(-grid.width // SIDE)) for grid in grids)
 
 
 def _most(near: list[Tensor], num_tiles: int) -> int:

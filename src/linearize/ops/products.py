@@ -1,0 +1,70 @@
+"""Matrix products over many tokens: in bf16 on a GPU where the inputs are, with sums in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.ops.precision import widen
+
+# Channels of which GPUs read whole words; the products of others take slow paths.
+ALIGNMENT = 8
+
+
+def for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one type: bf16 where all are and lie on a GPU, else float32 or wider."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if dtype != torch.bfloat16 or tensors[0].device.type != "cuda":
+        dtype = torch.promote_types(dtype, torch.float32)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def wide_matmul(first: Tensor, second: Tensor) -> Tensor:
+    """The product [..., rows, columns] in float32 at least, of tensors with the same leading dimensions.
+
+    bf16 on a GPU is multiplied as it is: only the sums are float32.
+    """
+    if first.dtype == second.dtype == torch.bfloat16 and first.device.type == "cuda":
+        return _WideMatmul.apply(first, second)
+    return widen(first) @ widen(second)
+
+
+class _WideMatmul(torch.autograd.Function):
+    """bmm with an output wider than its inputs, which has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        """See `wide_matmul`."""
+        ctx.save_for_backward(first, second)
+        product = torch.bmm(first.flatten(0, -3), second.flatten(0, -3), out_dtype=torch.float32)
+        return product.unflatten(0, first.shape[:-2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of the type of the inputs."""
+        first, second = ctx.saved_tensors
+        gradient = gradients[0].to(first.dtype)
+        return gradient @ second.transpose(-1, -2), first.transpose(-1, -2) @ gradient
+
+
+def in_chunks(states: Tensor, size: int) -> Tensor:
+    """[batch, heads, tokens, channels] to [batch, heads, chunks, size, channels], zeros where there is no token."""
+    missing = -states.shape[2] % size
+    return (F.pad(states, (0, 0, 0, missing)) if missing else states).unflatten(2, (-1, size))
+
+
+def aligned(states: Tensor, alignment: int = ALIGNMENT) -> Tensor:
+    """The tensor with zeros behind its channels, up to a multiple of the alignment."""
+    missing = -states.shape[-1] % alignment
+    return F.pad(states, (0, missing)) if missing else states
+
+
+def with_ones(value: Tensor) -> Tensor:
+    """[..., channels] with a column of ones behind, whose weighted sum is the mass, and zeros up to the alignment."""
+    ones = torch.ones_like(value[..., :1])
+    return aligned(torch.cat([value, ones], dim=-1))
