@@ -120,8 +120,10 @@ def test_in_a_compiled_region_it_is_part_of_the_graph(masked):
     compiled = torch.compile(attend, fullgraph=True, backend="eager")
     for grid in (Grid(19, 37), Grid(37, 19), Grid(13, 21)):
         states = [torch.randn(2, 2, 5 + grid.num_tokens, 16) for _ in range(3)]
-        # Few enough valid keys that some queries see none.
-        key_mask = torch.rand(2, 5 + grid.num_tokens) > 0.9 if masked else None
+        # So few valid keys that some queries see none.
+        valid = torch.rand(2, 5 + grid.num_tokens) > 0.9
+        valid[:, :5] = False
+        key_mask = valid if masked else None
         expected = attend(states, grid, key_mask, "naive")
         assert (expected == 0).all(dim=-1).any() == masked
         torch.testing.assert_close(compiled(states, grid, key_mask), expected, rtol=1e-4, atol=1e-5)
@@ -145,6 +147,14 @@ def test_training_on_a_cpu_is_refused():
     states = [torch.randn(1, 2, 135, 16, requires_grad=True) for _ in range(3)]
     with pytest.raises(LinearizeError, match="no gradients on a CPU; choose auto, naive, halo"):
         local_attention(*states, grid=Grid(9, 15), num_text_tokens=0, window=3, backend="flex")
+
+
+def test_more_numbers_than_its_kernels_address_are_refused():
+    states = [torch.empty(1, 1, 1, 128).expand(3, 24, 512 + 512 * 512, 128) for _ in range(3)]
+    with pytest.raises(LinearizeError, match="fewer than 2\\^31 numbers, not 2420637696: use smaller batches"):
+        explain_backend(*states, grid=Grid(512, 512), num_text_tokens=512, window=16, backend="flex")
+    one = [state[:1] for state in states]
+    assert explain_backend(*one, grid=Grid(512, 512), num_text_tokens=512, window=16, backend="flex").chosen == "flex"
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from linearize.ops.regions import Region
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 256)
-# Kernels address tokens by 32-bit offsets up to torch 2.13.
+# Kernels address numbers by 32-bit offsets up to torch 2.13.
 OFFSETS = 2**31
 
 
@@ -51,7 +51,7 @@ def flex_local_attention(
     return call(*states, mask, scale, key_mask is None)
 
 
-def refusal(query: Tensor, *, layout: Layout, needs_grad: bool, **_: object) -> str | None:
+def refusal(query: Tensor, *, layout: Layout, num_pooled: int, needs_grad: bool, **_: object) -> str | None:
     """Why FlexAttention cannot compute a call here, in one clause, or None."""
     machine = _machine_refusal(query.device)
     if machine is not None:
@@ -62,7 +62,10 @@ def refusal(query: Tensor, *, layout: Layout, needs_grad: bool, **_: object) -> 
         return f"it takes bfloat16, float16 and float32, not {str(query.dtype).removeprefix('torch.')}"
     if not HEAD_DIMS[0] <= query.shape[-1] <= HEAD_DIMS[1]:
         return f"it takes heads of {HEAD_DIMS[0]} to {HEAD_DIMS[1]} channels, not {query.shape[-1]}"
-    return None if layout.num_tokens >= BLOCK else f"it takes {BLOCK} tokens or more, not {layout.num_tokens}"
+    if layout.num_tokens < BLOCK:
+        return f"it takes {BLOCK} tokens or more, not {layout.num_tokens}"
+    numbers = query.numel() // layout.num_tokens * (layout.num_tokens + num_pooled)
+    return None if numbers < OFFSETS else f"it takes fewer than 2^31 numbers, not {numbers}: use smaller batches"
 
 
 def _machine_refusal(device: torch.device) -> str | None:
@@ -84,7 +87,7 @@ def _machine_refusal(device: torch.device) -> str | None:
 
 def _addressable(states: Tensor) -> Tensor:
     """The same numbers where 32-bit offsets reach them, and without a claim to gradients where none are asked for."""
-    if states.shape[2] * states.stride(2) >= OFFSETS:
+    if sum((size - 1) * stride for size, stride in zip(states.shape, states.stride(), strict=True)) >= OFFSETS:
         states = states.contiguous()
     return states if torch.is_grad_enabled() else states.detach()
 
