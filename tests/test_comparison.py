@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +21,13 @@ from linearize.evaluation.comparison import compare_runs
 from linearize.mixers import mixer_names
 from runs import ROOT, tiny_overrides
 
-SWEEP = ("-m", "experiment=scenes_mixers", "sweep=mixers", "launcher=processes", "hydra.launcher.jobs_per_device=3")
+SWEEP = ("-m", "experiment=scenes_mixers", "sweep=mixers", "launcher=processes", "hydra.launcher.jobs_per_device=2")
 
 
 def python(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=480)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def arguments(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 def swept(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a sweep and what it printed; soft has more landmarks than this picture has tokens."""
     cwd = tmp_path_factory.mktemp("swept")
-    done = python("train.py", *arguments, "mixer=linear,mhla,soft", cwd=cwd)
+    done = python("train.py", *arguments, "mixer=linear,soft", cwd=cwd)
     assert done.returncode == 1, done.stdout + done.stderr
     return cwd / "sweep", done.stdout + done.stderr
 
@@ -79,20 +80,19 @@ def test_the_sweep_takes_every_mixer_but_softmax() -> None:
 
 def test_a_job_that_fails_is_told_and_stops_no_other(swept: tuple[Path, str]) -> None:
     folder, output = swept
-    for name in ("linear", "mhla"):
-        assert json.loads((folder / name / "job.json").read_text())["exit_code"] == 0
-        assert (folder / name / "summary.json").is_file()
+    assert json.loads((folder / "linear" / "job.json").read_text())["exit_code"] == 0
+    assert (folder / "linear" / "summary.json").is_file()
     record = json.loads((folder / "soft" / "job.json").read_text())
     assert record["exit_code"] == 2 and "landmarks" in record["error"]
-    assert "error: 1 of 3 jobs failed" in output and f"mixer=soft: {record['error']}" in output
+    assert "error: 1 of 2 jobs failed" in output and f"mixer=soft: {record['error']}" in output
 
 
 def test_the_same_command_goes_on_with_what_is_not_done(arguments: list[str], swept: tuple[Path, str]) -> None:
     folder, _ = swept
     before = (folder / "linear" / "summary.json").stat().st_mtime_ns
-    done = python("train.py", *arguments, "mixer=linear,mhla", cwd=folder.parent)
+    done = python("train.py", *arguments, "mixer=linear", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 jobs are done already" in done.stdout
+    assert "1 of 1 jobs are done already" in done.stdout
     assert (folder / "linear" / "summary.json").stat().st_mtime_ns == before
 
 
@@ -113,14 +113,18 @@ def test_every_mixer_is_timed_after_it_was_compared_with_its_definition(speed: P
 
 
 def test_the_runs_become_a_table_with_its_sources(swept: tuple[Path, str], speed: Path, tmp_path: Path) -> None:
-    folder, _ = swept
+    folder = Path(shutil.copytree(swept[0], tmp_path / "sweep"))
+    better = Path(shutil.copytree(folder / "linear", folder / "better"))
+    summary = json.loads((better / "summary.json").read_text())
+    summary["student"]["velocity_error"] /= 2
+    summary["plan"][0]["arguments"]["feature_map"] = "relu"
+    (better / "summary.json").write_text(json.dumps(summary))
     done = python("scripts/report.py", str(tmp_path), "--compare", str(folder), "--speed", str(speed), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     comparison = json.loads((tmp_path / "sweep.json").read_text())
-    trained, failed = comparison["rows"][:2], comparison["rows"][2]
-    assert {row["name"] for row in trained} == {"linear", "mhla"} and failed["name"] == "soft"
-    assert trained[0]["velocity_error"] <= trained[1]["velocity_error"]
-    for row in trained:
+    assert [row["name"] for row in comparison["rows"]] == ["better", "linear", "soft"]
+    failed = comparison["rows"][2]
+    for row in comparison["rows"][:2]:
         summary = json.loads((folder / row["name"] / "summary.json").read_text())
         assert row["velocity_error"] == summary["student"]["velocity_error"]
         assert row["start_error"] == pytest.approx(sum(summary["start_errors"].values()) / 4)
@@ -129,7 +133,7 @@ def test_the_runs_become_a_table_with_its_sources(swept: tuple[Path, str], speed
     command = "python train.py -m experiment=scenes_mixers sweep=mixers launcher=processes"
     for part in (command, "6 steps of 4 samples", "| 8 x 8, ms | 12 x 12, ms |", f"- soft failed: {failed['error']}"):
         assert part in page
-    assert page.count("\n| linear |") == 2 and page.count("\n| mhla |") == 2 and "up to 3 at a time" in page
+    assert page.count("\n| linear |") == 2 and page.count("\n| better |") == 2 and "up to 2 at a time" in page
 
 
 def _write_run(folder: Path, mixer: str, **config: Any) -> None:

@@ -41,10 +41,11 @@ def comparison_page(title: str, comparison: Mapping[str, Any], source: str) -> s
 def _budget(comparison: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> str:
     budget, settings = comparison["budget"], comparison["settings"]
     loss = ", ".join(f"{name} x {weight:g}" for name, weight in budget["loss"].items())
+    samples = budget["data.num_samples"] or "all stored"
     stages = json.dumps(budget["stages"]).replace('"', "")
     return (
         f"Every run had {budget['trainer.max_steps']} steps of {budget['data.batch_size']} samples in the stages "
-        f"{stages}, learning rate {budget['optimizer.lr']:g}, the loss {loss}, {budget['data.num_samples']} samples of "
+        f"{stages}, learning rate {budget['optimizer.lr']:g}, the loss {loss}, {samples} samples of "
         f"the teacher and seed {budget['seed']}; {settings['num_prompts']} held-out prompts were painted in "
         f"{settings['num_inference_steps']} steps at {settings['height']} x {settings['width']} pixels. Mixers had "
         "their default arguments where the JSON says nothing else. The teacher's row is against a second seed of its "
