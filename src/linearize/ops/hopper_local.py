@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.layout import TILE, Layout
-from linearize.ops.block_tables import BLOCK, BlockTables
+from linearize.layout import TILE, Grid, Layout
+from linearize.ops.block_tables import BLOCK, BlockTables, block_tables
+from linearize.ops.regions import Disc
 
 HEAD_DIMS = (64, 128)
 _HALF = BLOCK // 2
@@ -36,13 +39,32 @@ def planes_for(tensors: Sequence[Tensor], layout: Layout) -> list[Plane] | None:
 
 @lru_cache(maxsize=16)
 def _is_hopper(device: torch.device) -> bool:
-    """Whether this is a Hopper GPU and the installed triton has Gluon's operations for it."""
+    """Whether this is a Hopper GPU on which the kernel, written in a language that still changes, works."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
+    fault = _fault(device)
+    if fault is not None:
+        warnings.warn(
+            f"the Hopper kernel of local attention is not used, as {fault}; the portable one is", stacklevel=2
+        )
+    return fault is None
+
+
+def _fault(device: torch.device) -> str | None:
+    """Why the kernel is of no use here: it is compiled, and tried where everything sees everything."""
+    layout = Layout(BLOCK, (Grid(*TILE),), tile=TILE)
+    shape, generator = (3, 1, 1, layout.num_tokens, HEAD_DIMS[0]), torch.Generator(device).manual_seed(0)
+    query, key, value = torch.randn(shape, generator=generator, device=device).bfloat16()
+    output, lse, empty = torch.empty_like(query), query.new_empty(query.shape[:3]).float(), query.new_empty(0).float()
+    tables = block_tables(layout, Disc(sum(TILE)), device, size=BLOCK, other_size=BLOCK)
+    planes = [plane for plane in map(_plane, (query, key, value, output)) if plane is not None]
     try:
-        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
-    except ModuleNotFoundError:
-        return False
+        launch_forward(planes, lse, empty, empty, tables, "disc", sum(TILE), HEAD_DIMS[0] ** -0.5 * math.log2(math.e))
+    # Which errors another version of the compiler raises is not known.
+    except Exception as error:
+        return f"it does not run with this triton ({type(error).__name__})"
+    expected = F.scaled_dot_product_attention(query, key, value)
+    return None if torch.allclose(output, expected, atol=0.05) else "its numbers are wrong with this triton"
 
 
 def launch_forward(
