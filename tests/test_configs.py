@@ -19,7 +19,7 @@ from runs import ROOT, compose_train
 
 CONFIGS = ROOT / "configs"
 GROUPS = (
-    *("teacher", "data", "mixer", "loss", "optimizer", "schedule", "sigma"),
+    *("teacher", "data", "mixer", "loss", "adapter", "optimizer", "schedule", "sigma"),
     *("trainer", "callbacks", "logger", "evaluation", "experiment", "sweep", "debug"),
 )
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
@@ -93,7 +93,7 @@ def composed(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["mixer=cleer"], "mixer=cleer does not exist (did you mean clear?): choose mixer= one of clear"),
+        (["mixer=cleer"], "mixer=cleer does not exist (did you mean clear?): choose mixer= one of care, clear"),
         (["teacher=nope"], "teacher=nope does not exist: choose teacher= one of flux_dev, "),
         (["windw=3"], "windw is no setting (did you mean window?): mixer=clear has window, downsample, and "),
         (["mixer=softmax", "window=3"], "window is no setting: mixer=softmax has token_order, and "),
@@ -127,7 +127,7 @@ def test_the_config_can_be_read_before_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "words"),
-    [("mixer=cleer", "one of clear"), ("teacher.path=missing", "missing is no pipeline folder")],
+    [("mixer=cleer", "one of care, clear"), ("teacher.path=missing", "missing is no pipeline folder")],
 )
 def test_a_user_s_mistake_exits_with_2(tmp_path: Path, argument: str, words: str) -> None:
     failed = run(argument, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
@@ -154,6 +154,9 @@ def test_a_mistake_in_a_sweep_stays_an_exception(tmp_path: Path) -> None:
         (["compile=nonsense"], "compile=nonsense is unknown: use auto, true, false or one of .*inductor"),
         (["activation_memory_gib=-1"], "activation_memory_gib=-1 is no amount of memory: give auto, or GiB from 0 up"),
         (["stages.transfer=99"], "99 steps and trainer.max_steps is 40"),
+        (["loss=lolcats"], "transfer_trains=mixer trains nothing"),
+        (["adapter=lora", "adapter.rank=0"], "adapter.rank=0 is no rank"),
+        (["window_dropout.probability=0.5"], "finds no mixer with a window and a linear branch"),
         (["plan=[{layers: '*', mixer: cleer}]"], "cleer"),
         (["loss.attention_output.layers=[nothing.*]"], "nothing"),
         (["evaluation.num_prompts=0"], "num_prompts=0"),

@@ -118,7 +118,7 @@ def _describe_unknown_key(key: str, config: DictConfig | None) -> str:
     parent, _, name = key.rpartition(".")
     node = config if not parent or config is None else OmegaConf.select(config, parent)
     known = [str(one) for one in node] if isinstance(node, DictConfig) else []
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     hint = f" (did you mean {parent + '.' if parent else ''}{close[0]}?)" if close else ""
     if parent and known:
         return f"{key} is no setting{hint}: {parent} has {', '.join(known)}."

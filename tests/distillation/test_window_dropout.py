@@ -149,7 +149,7 @@ def test_two_processes_train_on_what_a_step_leaves(tiny_flux_folder: Path, tmp_p
     """Windows and output projections without gradients keep no process waiting."""
     overrides = [
         *(*tiny_overrides(tiny_flux_folder, tmp_path / "cache"), *BARE),
-        *("mixer=lizard", "loss=lizard", "optimizer=sgd", "window_dropout.probability=0.5", "trainer.max_steps=4"),
+        *("mixer=lizard", "loss=lizard", "optimizer=sgd", "window_dropout.probability=0.5", "trainer.max_steps=2"),
         # The normaliser is that of a process's own share of the batch.
         "transfer_loss.transfer.normalise=false",
     ]
