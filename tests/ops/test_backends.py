@@ -97,3 +97,13 @@ def test_a_gpu_falls_to_the_slow_path_with_a_warning_only():
     with pytest.warns(UserWarning, match="slow path on this GPU"):
         output = local_attention(*states, window=3, **ARGUMENTS)
     torch.testing.assert_close(output, local_attention(*states, window=3, backend="naive", **ARGUMENTS))
+
+
+def test_autocast_gives_local_attention_the_dtype_that_it_gives_attention():
+    query, key, value = tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = local_attention(query, key, value.bfloat16(), window=3, **ARGUMENTS)
+        kept = local_attention(*(states.double() for states in (query, key, value)), window=3, **ARGUMENTS)
+    assert (output.dtype, kept.dtype) == (torch.bfloat16, torch.float64)
+    expected = local_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), window=3, **ARGUMENTS)
+    assert torch.equal(output, expected)

@@ -11,6 +11,7 @@ from torch import Tensor
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.ops.backends import BACKENDS, BackendReport, choose_backend, warn_if_slow
+from linearize.ops.precision import as_under_autocast
 from linearize.ops.regions import REGIONS
 
 
@@ -57,7 +58,7 @@ def local_attention(
             that the discs of the query's tile touch; "neighborhood": a square of 2 window - 1, shifted at the borders.
         backend: "auto", by device, dtype and shape (`explain_backend` tells which and why), or one of `BACKENDS`:
             "naive" on dense weights, "dense" where the disc covers the picture, "halo" of linear cost with nothing but
-            PyTorch, "flex" in FlexAttention, "natten" in NATTEN's kernels for neighborhoods.
+            PyTorch, "triton" in our own kernels, "flex" in FlexAttention, "natten" in NATTEN's for neighborhoods.
 
     Returns:
         [batch, heads, tokens, head_dim].
@@ -74,6 +75,7 @@ def local_attention(
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
         if key_mask is not None and pooled_mask is not None:
             key_mask = torch.cat([key_mask, pooled_mask], dim=1)
+    query, key, value = as_under_autocast(query, key, value)
     call: dict[str, Any] = {
         "layout": layout,
         "region": REGIONS[region](window),
@@ -109,6 +111,7 @@ def explain_backend(
     """
     layout = Layout(num_text_tokens, (grid,) if isinstance(grid, Grid) else tuple(grid), text_first, tile)
     _check(query, layout, window, region)
+    query, key, value = as_under_autocast(query, key, value)
     return choose_backend(
         backend,
         query,

@@ -17,6 +17,15 @@ def widen(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
+def as_under_autocast(*states: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that autocast, where it is on, gives PyTorch's own attention; float64 stays."""
+    device = states[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return states
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in states)
+
+
 def without_autocast(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
     """A function, or method, whose matrix products autocast does not narrow; its first tensor tells the device."""
 
