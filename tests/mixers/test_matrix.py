@@ -61,15 +61,25 @@ VARIANTS = {
     "mhla": [
         {"blocks_per_side": 3, "feature_map": "relu", "rope": "after_map", "shared_mix": True},
         {"blocks_per_side": 2, "feature_map": "elu", "text": "state"},
+        {"blocks_per_side": 2, "feature_map": "elu", "variant": "paper"},
     ],
-    "nprf": [{"num_features": 3, "bias_width": 4, "text": "state"}],
+    "nprf": [
+        {"num_features": 3, "bias_width": 4, "text": "state"},
+        {"num_features": 3, "bias_reach": 4, "variant": "paper"},
+    ],
     "performer": [{"num_features": 24, "text": "state"}, {"num_features": 40, "variant": "paper"}],
     "regla": [
         {"gate": "head", "directions": "rows_and_columns", "rank": 0, "rope": "none"},
         {"text": "state", "rank": 3},
         {"variant": "paper"},
     ],
-    "soft": [{"landmarks_per_side": 2}, {"landmarks_per_side": 2, "normalization": "none"}],
+    "soft": [
+        {"landmarks_per_side": 2},
+        {"landmarks_per_side": 2, "normalization": "none", "text": "state"},
+        {"landmarks_per_side": 2, "normalization": "none"},
+        {"landmarks_per_side": 2, "text": "state"},
+        {"landmarks_per_side": 2, "variant": "paper"},
+    ],
     "sla": [
         {"key_ratio": 0.3, "block_size": 3, "feature_map": "exponential"},
         {"key_ratio": 0.5, "block_size": 2, "variant": "paper"},

@@ -118,3 +118,17 @@ def test_the_cost_is_linear_in_tokens():
 def test_wrong_knobs_name_the_choices(knobs, words):
     with pytest.raises(LinearizeError, match=words):
         build_mixer("mhla", SHAPE, knobs)
+
+
+def test_the_published_matrix_is_free_shared_and_may_be_negative():
+    layout = Layout(0, (Grid(4, 6),))
+    query, key, value = random_tokens(layout)
+    mixer = build_mixer("mhla", SHAPE, {"blocks_per_side": 2, "feature_map": "elu", "variant": "paper"}).double()
+    torch.testing.assert_close(mixer.mix_of_blocks.sum(dim=1), torch.ones(1, 4, dtype=torch.float64))
+    torch.nn.init.normal_(mixer.mix_of_blocks)
+    index = block_index(layout, 2)
+    mix = mixer.mix_of_blocks[0][index][:, index]
+    assert (mix < 0).any()
+    weights = (torch.nn.functional.elu(query) + 1) @ (torch.nn.functional.elu(key) + 1).transpose(-1, -2) * mix
+    expected = weights @ value / weights.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(mixer(query, key, value, flux_context(layout)), expected)

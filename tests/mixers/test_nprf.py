@@ -100,3 +100,22 @@ def test_the_cost_is_nearly_linear_in_tokens():
 def test_wrong_knobs_name_the_choices(knobs, words):
     with pytest.raises(LinearizeError, match=words):
         build_mixer("nprf", SHAPE, knobs)
+
+
+def test_the_published_formula_written_out():
+    """Unit lengths, no rotation, and one number for each offset; beyond the table those of its border."""
+    layout = Layout(0, (Grid(3, 7),))
+    query, key, value = random_tokens(layout)
+    context = flux_context(layout)
+    mixer = build_mixer("nprf", SHAPE, {"variant": "paper", "bias_reach": 2, "num_features": 5}).double()
+    assert {name for name, _ in mixer.named_parameters()} == {"table"}
+    torch.nn.init.normal_(mixer.table)
+    features = []
+    for states in (query, key):
+        unit = states / states.norm(dim=-1, keepdim=True)
+        features.append((unit @ mixer.projection.T - 0.5).exp())
+    places = coordinates(layout)
+    offset = (places[None] - places[:, None]).clamp(-2, 2) + 2
+    weights = features[0] @ features[1].transpose(-1, -2) * mixer.table[:, offset[..., 0], offset[..., 1]].exp()
+    expected = weights @ value / weights.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(mixer(query, key, value, context), expected)

@@ -91,7 +91,7 @@ def test_weights_are_relative_under_rotation():
 
 def test_landmarks_are_means_of_cells_whose_number_is_fixed():
     layout = Layout(2, (Grid(4, 6), Grid(2, 2)))
-    index, num_cells = landmark_index(layout, 2, torch.device("cpu"))
+    index, num_cells = landmark_index(layout, 2, False, torch.device("cpu"))
     assert (
         num_cells == 8
         and index[:24].view(4, 6)[0].tolist() == [0, 0, 0, 1, 1, 1]
@@ -134,3 +134,45 @@ def test_the_cost_is_linear_in_tokens():
 def test_wrong_knobs_name_the_choices(knobs, words):
     with pytest.raises(LinearizeError, match=words):
         build_mixer("soft", SHAPE, knobs)
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "none"])
+def test_the_published_formula_where_every_token_is_a_landmark(normalization):
+    """Y = K D^-1/2 (K + 0.01)^-1 D^-1/2 K V with keys that are the queries, and D the row sums of K."""
+    layout = Layout(0, (Grid(3, 3),))
+    query, key, value = random_tokens(layout)
+    mixer = build_mixer(
+        "soft", SHAPE, {"landmarks_per_side": 3, "variant": "paper", "normalization": normalization}
+    ).double()
+    output = mixer(query, key, value, flux_context(layout))
+    scaled = query / 16**0.25
+    kernel = (-torch.cdist(scaled, scaled).square() / 2).exp()
+    inverse = torch.linalg.inv(kernel + 0.01 * torch.eye(9, dtype=torch.float64))
+    if normalization == "symmetric":
+        root = kernel.sum(dim=-1).rsqrt()
+        inverse = root[..., :, None] * inverse * root[..., None, :]
+    torch.testing.assert_close(output, kernel @ inverse @ kernel @ value, rtol=1e-6, atol=1e-7)
+    assert torch.autograd.grad(output.sum(), key, allow_unused=True)[0] is None
+
+
+def test_text_as_a_state_has_landmarks_of_its_own_and_is_seen_and_sees():
+    layout = Layout(4, (Grid(4, 6),))
+    index, num_cells = landmark_index(layout, 2, True, torch.device("cpu"))
+    assert num_cells == 6 and index[:4].tolist() == [4, 4, 5, 5] and index[4:].max() == 3
+    last, _ = landmark_index(Layout(4, (Grid(4, 6),), text_first=False), 2, True, torch.device("cpu"))
+    assert torch.equal(last, index.roll(-4))
+    query, key, value = random_tokens(layout)
+    output = build_mixer("soft", SHAPE, {"landmarks_per_side": 2, "text": "state"}).double()(
+        query, key, value, flux_context(layout)
+    )
+    for readers, read in ((layout.image_slice, layout.text_slice), (layout.text_slice, layout.image_slice)):
+        (gradient,) = torch.autograd.grad(output[:, :, readers].sum(), value, retain_graph=True)
+        assert (gradient[:, :, read].abs() > 0).all()
+
+
+def test_rows_of_the_state_form_sum_to_about_one():
+    layout = Layout(4, (Grid(6, 8),))
+    query, key, value = random_tokens(layout)
+    mixer = build_mixer("soft", SHAPE, {"landmarks_per_side": 4, "text": "state"}).double()
+    rows = mixer(query, key, torch.ones_like(value), flux_context(layout))
+    assert (rows - 1).abs().mean() < 0.3

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._joint import check_number
+from linearize.mixers._joint import check_choice, check_number
 from linearize.mixers._kernel import text_flops
 from linearize.mixers._random_features import RandomFeatureMixer
 from linearize.mixers.base import AttentionShape, MixerContext
@@ -34,14 +34,20 @@ class NprfMixer(RandomFeatureMixer):
     and stays within +-4. Rotation stays as the teacher has it; several grids lie on top of one another; pairs with
     text have b = 0.
 
+    `variant=paper` is the published formula: unit lengths, no rotation, and one parameter for each offset of up to
+    bias_reach rows and columns, [heads, 2 bias_reach + 1, 2 bias_reach + 1], from 0; offsets beyond have that of the
+    border, so that every grid is served. Text is a state.
+
     Query and key are [batch, heads, tokens, head_dim], features [batch, heads, tokens, num_features].
 
     Args:
         shape: Sizes of the layer.
         num_features: Random features of a head.
-        temperature: What the temperature starts from; 1 is the paper's unit length.
-        bias_width: Hidden channels of the bias.
+        temperature: What the temperature starts from; 1 is the paper's unit length. For "dit" alone.
+        bias_width: Hidden channels of the bias; for "dit" alone.
+        bias_reach: Largest offset with a parameter of its own; for "paper" alone.
         text: "exact" or "state", see `JointMixer`.
+        variant: "dit" or "paper".
 
     Raises:
         LinearizeError: A knob has none of its values.
@@ -54,16 +60,36 @@ class NprfMixer(RandomFeatureMixer):
         num_features: int = 16,
         temperature: float = 1.0,
         bias_width: int = 16,
+        bias_reach: int = 64,
         text: str = "exact",
+        variant: str = "dit",
     ) -> None:
         check_number("nprf", "bias_width", bias_width, 1)
-        super().__init__(shape, "nprf", num_features=num_features, temperature=temperature, normalize=True, text=text)
+        check_number("nprf", "bias_reach", bias_reach, 1)
+        check_choice("nprf", "variant", variant, ("dit", "paper"))
+        is_paper = variant == "paper"
+        super().__init__(
+            shape,
+            "nprf",
+            num_features=num_features,
+            temperature=temperature,
+            lengths="unit" if is_paper else "learned",
+            text="state" if is_paper else text,
+            is_rotated=not is_paper,
+        )
+        self.is_paper, self.bias_reach = is_paper, bias_reach
+        if is_paper:
+            self.table = nn.Parameter(torch.zeros(shape.num_heads, 2 * bias_reach + 1, 2 * bias_reach + 1))
+            return
         self.offset_weight = nn.Parameter(torch.randn(bias_width, 2))
         self.offset_bias = nn.Parameter(torch.zeros(bias_width))
         self.head_weight = nn.Parameter(torch.zeros(shape.num_heads, bias_width))
 
     def bias(self, offsets: Tensor) -> Tensor:
         """The bias b [heads, ...] of offsets [..., 2] in rows and columns, key less query."""
+        if self.is_paper:
+            row, column = (offsets.clamp(-self.bias_reach, self.bias_reach) + self.bias_reach).unbind(dim=-1)
+            return widen(self.table)[:, row, column]
         dtype = torch.promote_types(self.offset_weight.dtype, torch.float32)
         distance = torch.log1p(offsets.to(dtype).abs()) * offsets.sign() / math.log(8)
         hidden = torch.relu(distance @ widen(self.offset_weight).T + widen(self.offset_bias))

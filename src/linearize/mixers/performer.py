@@ -51,9 +51,9 @@ class PerformerMixer(RandomFeatureMixer):
         text: str = "exact",
     ) -> None:
         check_choice("performer", "variant", variant, ("dit", "paper"))
-        normalize = variant == "dit"
+        lengths = "learned" if variant == "dit" else "given"
         super().__init__(
-            shape, "performer", num_features=num_features, temperature=temperature, normalize=normalize, text=text
+            shape, "performer", num_features=num_features, temperature=temperature, lengths=lengths, text=text
         )
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:

@@ -13,7 +13,7 @@ from linearize.mixers._joint import FeaturePair, JointMixer, Tokens, check_choic
 from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import Features
 from linearize.ops.gaussian_kernel import cell_landmarks, gaussian_kernel, landmark_index
-from linearize.ops.linear_attention import LinearPart, exact_text_flops
+from linearize.ops.linear_attention import LinearPart, exact_text_flops, join
 from linearize.ops.newton_inverse import newton_inverse, num_newton_iterations
 
 # Added to the diagonal of the landmarks' kernel, as in the published code.
@@ -34,21 +34,26 @@ class SoftMixer(JointMixer):
     image tokens weigh this part against the text by the mass sum_j K(q_i, landmark of key j), which is positive.
     `normalization="none"` is SOFT without the two D^(-1/2), its rows divided by that mass.
 
-    Where this differs from the paper, which trains from scratch: there keys are the queries, and landmarks come from
-    a strided convolution, which fixes their size and not their number; here D counts the keys that a landmark stands
-    for, so that it does not depend on the number of tokens; the code's step of Newton's iteration depends on the
-    whole batch, and its 20 iterations may leave a large residual: here it is of each matrix, and iterations are as
-    many as the bound on eigenvalues asks for.
+    Query and key are [batch, heads, tokens, head_dim], landmarks [batch, heads, M, head_dim]. The kernel's exponent is
+    the teacher's times a learned temperature of each head, which starts below 1, as few landmarks cannot follow a
+    peaked kernel. Text is exact, or with text="state" among the tokens of the kernel, with landmarks_per_side cells
+    more, of tokens that follow one another.
 
-    Query and key are [batch, heads, tokens, head_dim], landmarks [batch, heads, M, head_dim]. The kernel's
-    exponent is the teacher's times a learned temperature of each head, which starts below 1, as few landmarks cannot
-    follow a peaked kernel. The text is always exact.
+    The paper trains from scratch. `variant=paper` is its formula: keys are the queries, not rotated, and so are the
+    landmarks; D is the row sums of K(L, L), normalization="none" is without any division, and text is a state. Two
+    things are still not the paper's: its landmarks come from a strided convolution, which fixes their size and not
+    their number, here they are means; and it adds a convolution of the value. With "dit" D counts the keys that a
+    landmark stands for, so that it does not depend on the number of tokens. In both, Newton's step is of each matrix,
+    where the code's depends on the whole batch, and iterations are as many as the bound on eigenvalues asks for, where
+    its 20 may leave a large residual.
 
     Args:
         shape: Sizes of the layer.
         landmarks_per_side: Cells along either side of a grid.
-        temperature: What the temperature starts from.
+        temperature: What the temperature starts from; for "dit" alone.
         normalization: "symmetric" or "none".
+        text: "exact" or "state".
+        variant: "dit" or "paper".
 
     Raises:
         LinearizeError: A knob has none of its values, or a grid has fewer tokens than landmarks.
@@ -61,17 +66,23 @@ class SoftMixer(JointMixer):
         landmarks_per_side: int = 7,
         temperature: float = 0.4,
         normalization: str = "symmetric",
+        text: str = "exact",
+        variant: str = "dit",
     ) -> None:
         check_number("soft", "landmarks_per_side", landmarks_per_side, 1)
         check_choice("soft", "normalization", normalization, ("symmetric", "none"))
+        check_choice("soft", "variant", variant, ("dit", "paper"))
         if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature > 0:
             raise LinearizeError(
                 f"mixer 'soft' got temperature={temperature!r}; choose a number above 0, at most about 1"
             )
+        is_paper = variant == "paper"
         # Of unit normals, the kernel lacks exp(|q|^2 / 2 + |k|^2 / 2) = exp(sqrt(head_dim)) against softmax.
-        super().__init__(shape, "soft", text="exact", log_mean_product=0.5 - temperature * shape.head_dim**0.5)
-        self.landmarks_per_side, self.normalization = landmarks_per_side, normalization
-        self.log_temperature = nn.Parameter(torch.full((shape.num_heads,), math.log(temperature)))
+        log_mean_product = 0.5 - temperature * shape.head_dim**0.5
+        super().__init__(shape, "soft", text="state" if is_paper else text, log_mean_product=log_mean_product)
+        self.landmarks_per_side, self.normalization, self.is_paper = landmarks_per_side, normalization, is_paper
+        if not is_paper:
+            self.log_temperature = nn.Parameter(torch.full((shape.num_heads,), math.log(temperature)))
 
     def check_layout(self, layout: Layout) -> None:
         """See `Mixer.check_layout`: a grid must have a token for each landmark."""
@@ -85,20 +96,37 @@ class SoftMixer(JointMixer):
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`: rotated query and key, scaled so that their product is that of softmax."""
-        scale = tokens.context.scale**0.5 * torch.exp(self.log_temperature / 2)[:, None, None].to(tokens.query.dtype)
-        none = tokens.query.new_zeros(())
-        query, key = (Features(states * scale, none) for states in tokens.rotated)
+        scale, none = tokens.context.scale**0.5, tokens.query.new_zeros(())
+        if self.is_paper:
+            query = Features(tokens.query * scale, none)
+            return FeaturePair(query, query)
+        temperature = torch.exp(self.log_temperature / 2)[:, None, None].to(tokens.query.dtype)
+        query, key = (Features(states * scale * temperature, none) for states in tokens.rotated)
         return FeaturePair(query, key)
+
+    def mix(self, tokens: Tokens) -> Tensor:
+        """See `JointMixer.mix`."""
+        if self.text == "exact":
+            return super().mix(tokens)
+        part = self.mix_images(self.features(tokens), tokens)
+        return part.numerator if self.is_paper else join(None, part)
+
+    def dense_mix(self, tokens: Tokens) -> Tensor:
+        """See `JointMixer.dense_mix`."""
+        if self.text == "exact":
+            return super().dense_mix(tokens)
+        weights, mass = self.dense_images(self.features(tokens), tokens)
+        total = mass.sum(dim=-1, keepdim=True)
+        output = torch.matmul(weights, tokens.value)
+        return output if self.is_paper else output / total.masked_fill(total == 0, 1.0)
 
     def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
         """See `JointMixer.mix_images`: from the keys to the landmarks and from there to the queries."""
         to_landmarks, among, from_keys, share = self._kernels(pair, tokens)
-        value = torch.matmul(from_keys, tokens.value[:, :, tokens.image])
+        value = torch.matmul(from_keys, tokens.value[:, :, self._served(tokens)])
         value = torch.matmul(newton_inverse(among, JITTER), value * share) * share
-        mass = self._mass(pair, tokens)[0]
-        output = torch.matmul(to_landmarks, value)
-        numerator = output * mass if self.normalization == "symmetric" else output
-        return LinearPart(numerator, mass, pair.query.log_scale)
+        output, mass = torch.matmul(to_landmarks, value), self._mass(pair, tokens)[0]
+        return LinearPart(output * mass if self._has_unit_rows else output, mass, pair.query.log_scale)
 
     def dense_images(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """See `JointMixer.dense_images`: the matrix W with an exact inverse."""
@@ -106,50 +134,60 @@ class SoftMixer(JointMixer):
         weights = torch.matmul(to_landmarks * share.transpose(-1, -2), torch.linalg.inv(among))
         weights = torch.matmul(weights * share.transpose(-1, -2), from_keys)
         total, each, index = self._mass(pair, tokens)
-        mask = tokens.mask_of(tokens.image)
+        mask = tokens.mask_of(self._served(tokens))
         mass = each[..., index]
         if mask is not None:
             mass = mass * mask[:, None, None]
-        return weights * total if self.normalization == "symmetric" else weights, mass
+        return weights * total if self._has_unit_rows else weights, mass
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
-        """Kernels to and from the landmarks and their products with the value, the inverse, and text."""
-        tokens, head_dim = layout.num_image_tokens, self.shape.head_dim
-        landmarks = 2 * len(layout.grids) * self.landmarks_per_side**2
+        """Kernels to and from the landmarks and their products with the value, the inverse, and exact text."""
+        head_dim, is_state = self.shape.head_dim, self.text == "state"
+        tokens = layout.num_tokens if is_state else layout.num_image_tokens
+        cells = len(layout.grids) * self.landmarks_per_side**2 + is_state * self.landmarks_per_side
+        landmarks = cells if self.is_paper else 2 * cells
         each = 8 * tokens * landmarks * head_dim + 2 * landmarks**2 * head_dim
         each += 4 * landmarks**3 * num_newton_iterations(JITTER, landmarks + JITTER)
-        return batch * self.shape.num_heads * (each + exact_text_flops(layout, head_dim))
+        return batch * self.shape.num_heads * (each + (0 if is_state else exact_text_flops(layout, head_dim)))
+
+    @property
+    def _has_unit_rows(self) -> bool:
+        """Whether rows of W sum to about 1, so that the mass has to be put on them where text is joined."""
+        return self.normalization == "symmetric" and not self.is_paper
+
+    def _served(self, tokens: Tokens) -> slice:
+        """The tokens of the kernel."""
+        return slice(None) if self.text == "state" else tokens.image
 
     def _landmarks(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Means of queries and of keys in each cell, how many keys a cell has, and the cell of every token."""
-        self.check_layout(tokens.context.layout)
-        index, num_cells = landmark_index(tokens.context.layout, self.landmarks_per_side, tokens.query.device)
-        mask = tokens.mask_of(tokens.image)
+        layout = tokens.context.layout
+        self.check_layout(layout)
+        index, num_cells = landmark_index(layout, self.landmarks_per_side, self.text == "state", tokens.query.device)
+        mask = tokens.mask_of(self._served(tokens))
         query_means, counts = cell_landmarks(pair.query.values, index, num_cells, mask)
         key_means, _ = cell_landmarks(pair.key.values, index, num_cells, mask)
         return query_means, key_means, counts, index
 
     def _kernels(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K(Q, L), K(L, L) + 0.01 I, K(L, K) and the diagonal of D^(-1/2) as a column; empty cells have no part."""
-        query_means, key_means, counts, _ = self._landmarks(pair, tokens)
-        landmarks = torch.cat([query_means, key_means], dim=2)
-        present = (torch.cat([counts, counts], dim=2) > 0).to(landmarks.dtype)
+        landmarks, key_means, counts, _ = self._landmarks(pair, tokens)
+        present = (counts > 0).to(landmarks.dtype)
+        if not self.is_paper:
+            landmarks, present = torch.cat([landmarks, key_means], dim=2), present.repeat(1, 1, 2)
+            counts = torch.cat([torch.zeros_like(counts), counts], dim=2)
         to_landmarks = gaussian_kernel(pair.query.values, landmarks) * present[:, :, None, :]
         from_keys = gaussian_kernel(landmarks, pair.key.values) * present[..., None]
-        mask = tokens.mask_of(tokens.image)
+        mask = tokens.mask_of(self._served(tokens))
         if mask is not None:
             from_keys = from_keys * mask[:, None, None]
         among = gaussian_kernel(landmarks, landmarks) * present[..., None] * present[:, :, None, :]
         share = torch.ones_like(present).expand(among.shape[:3])[..., None]
         if self.normalization == "symmetric":
-            mass = torch.matmul(among, torch.cat([torch.zeros_like(counts), counts], dim=2)[..., None])
+            mass = among.sum(dim=-1, keepdim=True) if self.is_paper else torch.matmul(among, counts[..., None])
             share = torch.where(present[..., None] > 0, mass, 1.0).rsqrt()
-        return (
-            to_landmarks,
-            among + JITTER * torch.eye(among.shape[-1], dtype=among.dtype, device=among.device),
-            from_keys,
-            share,
-        )
+        jitter = JITTER * torch.eye(among.shape[-1], dtype=among.dtype, device=among.device)
+        return to_landmarks, among + jitter, from_keys, share
 
     def _mass(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """sum_j K(q_i, landmark of key j) [.., 1], the kernel to each cell's key landmark, and the cell of each key."""
