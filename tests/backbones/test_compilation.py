@@ -111,6 +111,15 @@ def test_copies_are_not_compiled(deep, predict):
     assert graphs() == 2
 
 
+@torch.no_grad()
+def test_a_mistake_stays_one_sentence(deep, predict):
+    _, student = compiled(deep, "clear", window=3)
+    for site in find_backbone(student).sites(student).values():
+        site.mixer.backend = "nonsense"
+    with pytest.raises(LinearizeError, match=r"^unknown backend 'nonsense', choose one of "):
+        predict(student)
+
+
 def test_settings():
     assert compile_backend("auto", "cpu") is None
     assert compile_backend("auto", "cuda") == "inductor"

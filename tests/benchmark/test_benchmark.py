@@ -1,20 +1,27 @@
 """The benchmark at tiny sizes: rows, the parity gate, files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch._dynamo.backends.common import aot_autograd
 
 from linearize.benchmark import attention
 from linearize.benchmark.attention import LayerSizes, attention_rows, check_parity
 from linearize.benchmark.model import ModelSettings, model_rows
 from linearize.benchmark.runner import benchmark
+from linearize.benchmark.subjects import BASELINES
+from linearize.benchmark.training import TrainSettings, train_rows
+from linearize.benchmark.visited import VISITED, exact_pairs
+from linearize.compilation import compile_blocks
 from linearize.config import register_resolvers
 from linearize.errors import LinearizeError
+from linearize.layout import TILE, Grid, Layout
 from linearize.ops.backends import BACKENDS, Backend
-from linearize.ops.naive import naive_attention
+from linearize.ops.naive import dense_sight, naive_attention
 from linearize.ops.regions import Disc
 from linearize.teachers import load_teacher
 
@@ -60,16 +67,116 @@ def test_no_speed_of_a_backend_that_computes_something_else(sizes, monkeypatch):
         next(rows)
 
 
-@pytest.mark.parametrize("kind", ["transformer", "train_step", "sampling"])
-def test_models_are_compared_with_the_teacher(tiny_flux_folder, kind):
-    teacher = load_teacher(tiny_flux_folder, dtype="float32", device="cpu")
-    settings = ModelSettings(batch=1, max_sequence_length=8, num_inference_steps=1, warmup=0, repeats=1)
-    plans = {"clear_2": [{"layers": "*", "mixer": "clear", "window": 2}]}
+SETTINGS = ModelSettings(batch=1, max_sequence_length=8, num_inference_steps=1, warmup=0, repeats=1)
+RASTER = {"mixer": "clear", "window": 2, "measure": {"backend": "halo", "token_order": "raster"}}
+
+
+@pytest.fixture
+def teacher(tiny_flux_folder):
+    return load_teacher(tiny_flux_folder, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "sampling"])
+def test_models_are_compared_with_the_teacher(teacher, kind):
+    students = {"clear_raster": RASTER, "clear_2": {"mixer": "clear", "window": 2}}
     before = {name: value.clone() for name, value in teacher.pipeline.transformer.state_dict().items()}
-    rows = list(model_rows(teacher, settings, kind=kind, sizes=[64], plans=plans))
-    assert [row["model"] for row in rows] == ["teacher", "clear_2"]
-    assert rows[1]["attention_gflops"] < rows[0]["attention_gflops"]
+    rows = list(model_rows(teacher, SETTINGS, kind=kind, sizes=[64], students=students, baselines=list(BASELINES)))
+    assert [row["model"] for row in rows] == ["teacher", "dense_own_block", "attention_removed", *students]
+    flops = {row["model"]: row["attention_gflops"] for row in rows}
+    assert flops["teacher"] == flops["dense_own_block"] > flops["clear_2"] == flops["clear_raster"] > 0
+    assert flops["attention_removed"] == 0
+    assert all(row["ratio_to_teacher"] > 0 and "error" not in row for row in rows)
     assert all(torch.equal(value, before[name]) for name, value in teacher.pipeline.transformer.state_dict().items())
+
+
+def test_compiled_models_are_measured_after_their_parity(teacher):
+    compiled = dataclasses.replace(SETTINGS, compile="eager")
+    students = {"refused": {"mixer": "clear", "window": 2, "measure": {"backend": "natten"}}}
+    baselines = ["dense_own_block", "attention_removed"]
+    found = model_rows(teacher, compiled, kind="transformer", sizes=[64], students=students, baselines=baselines)
+    rows = {row["model"]: row for row in found}
+    assert rows["dense_own_block"]["parity_error"] < 1e-5
+    assert rows["attention_removed"]["parity_error"] is None
+    assert "median_seconds" not in rows["refused"] and "natten" in rows["refused"]["error"]
+
+
+def test_removed_attention_keeps_query_and_key(teacher):
+    """What the limit leaves out is the attention call alone: the compiler finds use for all projections."""
+    student = BASELINES["attention_removed"](teacher.pipeline.transformer)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compile_blocks(student, aot_autograd(fw_compiler=keep))
+    with torch.no_grad():
+        inputs = (torch.randn(1, 4, 8, 12), torch.tensor([0.5]))
+        teacher.backbone.predict(student, *inputs, teacher.encode(["a"], 8) | {"guidance": torch.ones(1)})
+    torch.compiler.reset()
+    for graph in graphs:
+        (call,) = (node for node in graph.graph.nodes if "value_alone" in str(node.target))
+        assert len(set(call.args)) == 3
+    assert len(graphs) == 2
+
+
+def test_recipes_of_training_have_curves_and_rates(teacher):
+    student = {"mixer": "clear", "window": 2}
+    recipes = {
+        "whole": {"student": RASTER, "shared": False, "compile": False, "activation_memory_gib": 0},
+        "ours": {"student": student},
+        "small": {"student": student, "optimizer": "adamw8bit", "optimizer_in_backward": True},
+    }
+    settings = TrainSettings(batch=2, max_sequence_length=8, learning_rate=1e-3, curve_steps=5, repeats=2)
+    before = {name: value.clone() for name, value in teacher.pipeline.transformer.state_dict().items()}
+    rows = {row["model"]: row for row in train_rows(teacher, settings, sizes=[64], recipes=recipes)}
+    assert rows["whole"]["losses"] == pytest.approx(rows["ours"]["losses"], rel=1e-4)
+    assert rows["small"]["losses"] == pytest.approx(rows["ours"]["losses"], rel=1e-2)
+    assert rows["ours"]["losses"][0] != rows["ours"]["losses"][-1]
+    for row in rows.values():
+        assert row["samples_per_second"] == 2 / row["median_seconds"]
+    assert rows["whole"]["ratio_to_first"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in teacher.pipeline.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"), [({"speed": 1}, "the recipe r of train_step is wrong"), ({"optimizer": "x"}, "choose adamw")]
+)
+def test_a_wrong_recipe_is_told(teacher, fields, words):
+    settings = TrainSettings(1, 8, 1e-3, 1, 1)
+    with pytest.raises(LinearizeError, match=words):
+        next(train_rows(teacher, settings, sizes=[64], recipes={"r": {"student": {}, **fields}}))
+
+
+@pytest.mark.parametrize("window", [3, 16])
+@pytest.mark.parametrize("side", [16, 37])
+def test_visited_pairs_hold_the_exact_ones(window, side):
+    """Counted on the dense mask: blocks of consecutive tokens that hold a pair, whole."""
+    layout, region = Layout(128, (Grid(side, side),), tile=TILE), Disc(window)
+    exact = exact_pairs(layout, region)
+    sight = dense_sight(layout, region)
+    assert exact == int(sight.sum()) + side**2 * 128
+    blocks = torch.nn.functional.pad(sight, (0, -len(sight) % 128, 0, -len(sight) % 128)).unflatten(0, (-1, 128))
+    touched = blocks.any(dim=1).unflatten(1, (-1, 128)).any(dim=2).sum(dim=1)
+    sizes = torch.tensor([len(part) for part in torch.arange(len(sight)).split(128)])
+    blocks_with_a_pair = int((sizes * (touched + 1) * 128).sum())
+    assert VISITED["flex"](layout, region) >= blocks_with_a_pair
+    if side % 16 == 0:
+        assert VISITED["flex"](layout, region) == blocks_with_a_pair
+    raster = layout.with_tile(None)
+    assert VISITED["flex"](raster, region) >= exact_pairs(raster, region) == exact
+    for backend in ("halo", "triton", "dense"):
+        assert VISITED[backend](layout, region) >= exact
+
+
+def test_a_backend_that_the_machine_lacks_is_a_row_with_the_reason(sizes):
+    axes = {"sides": [8], "windows": [3], "passes": ["forward", "forward_backward"]}
+    thin = dataclasses.replace(sizes, head_dim=8)
+    rows = list(attention_rows(thin, backends=["clear_raster_flex", "halo"], **axes))
+    errors = [row.get("error") for row in rows if row["kernel"] == "clear_raster_flex"]
+    assert len(errors) == 2 and all("flex" in error for error in errors)
+    assert all("median_seconds" in row for row in rows if row["kernel"] == "halo")
 
 
 def test_a_run_leaves_json_page_and_plot(tmp_path):
@@ -85,10 +192,28 @@ def test_a_run_leaves_json_page_and_plot(tmp_path):
     page = (tmp_path / "layer.md").read_text()
     assert page.count("| halo |") == 4
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
+    cfg.extend = True
+    assert benchmark(cfg)["rows"][:8] == result["rows"]
+    cfg.suite = "scans"
+    with pytest.raises(LinearizeError, match="extend=true finds another suite"):
+        benchmark(cfg)
 
 
-def test_an_unknown_suite_names_the_choices(tiny_flux_folder):
-    teacher = load_teacher(tiny_flux_folder, dtype="float32", device="cpu")
-    settings = ModelSettings(batch=1, max_sequence_length=8, num_inference_steps=1, warmup=0, repeats=1)
+def test_suites_of_models_leave_pages_and_plots(tiny_flux_folder, tmp_path):
+    register_resolvers(ROOT)
+    small = ["device=cpu", f"teacher.path={tiny_flux_folder}", "teacher.max_sequence_length=8"]
+    sizes = ["model.sizes=[64]", "model.repeats=1", "train_step.sizes=[64]", "train_step.curve_steps=2"]
+    for suite in ("transformer", "train_step"):
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            cfg = compose("benchmark", [*small, *sizes, f"suite={suite}", f"out={tmp_path}/{suite}"])
+        rows = benchmark(cfg)["rows"]
+        assert all(row["model"] in (tmp_path / f"{suite}.md").read_text() for row in rows)
+        assert (tmp_path / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
+    assert "flex" in rows[0]["error"]  # CLEAR's recipe trains in FlexAttention, which has no gradients on a CPU
+
+
+def test_an_unknown_suite_names_the_choices(teacher):
     with pytest.raises(LinearizeError, match="suite=speed is unknown: choose attention, transformer, "):
-        next(model_rows(teacher, settings, kind="speed", sizes=[64], plans={}))
+        next(model_rows(teacher, SETTINGS, kind="speed", sizes=[64], students={}))
+    with pytest.raises(LinearizeError, match=r"model\.baselines names 'none': choose from teacher, "):
+        next(model_rows(teacher, SETTINGS, kind="transformer", sizes=[64], students={}, baselines=["none"]))

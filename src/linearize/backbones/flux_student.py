@@ -18,7 +18,7 @@ from linearize.backbones.plan import Plan, match_dtype_and_device, mixers_for_pl
 from linearize.backbones.position_ids import grids_from_ids
 from linearize.backbones.recording import Recorder
 from linearize.backbones.saving import StudentSaving
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, mistake_behind
 from linearize.layout import TILE, Layout
 from linearize.mixers import AttentionShape, Mixer, MixerContext
 
@@ -294,7 +294,7 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
         stream = TokenStream(layout, torch.cat((txt_ids, img_ids)))
         if any(site.mixer.uses_timestep_embedding for site in flux_sites(self).values()):
             stream.timestep_embedding = self._timestep_embedding(hidden_states, timestep, guidance, pooled_projections)
-        output = super().forward(
+        output = self._stock_forward(
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
@@ -311,6 +311,15 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
         if layout.tile is not None:
             output = output[:, layout.tile_to_raster(output.device)]
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _stock_forward(self, **arguments: Any) -> tuple[Tensor]:
+        try:
+            return super().forward(**arguments)
+        except RuntimeError as error:
+            mistake = mistake_behind(error)
+            if mistake is None:
+                raise
+            raise mistake from error
 
     def _timestep_embedding(self, hidden_states: Tensor, timestep: Tensor, guidance: Tensor | None, pooled: Tensor):
         times = [time.to(self.x_embedder.weight.dtype) * 1000 for time in (timestep, guidance) if time is not None]

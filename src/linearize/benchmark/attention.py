@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from linearize.benchmark.timing import measure
+from linearize.benchmark.timing import measured_or_reason
+from linearize.benchmark.visited import exact_pairs, visited_pairs
 from linearize.errors import LinearizeError
-from linearize.layout import TILE, Grid
-from linearize.ops.disc import exact_pairs
-from linearize.ops.halo_tables import visited_pairs
-from linearize.ops.local_attention import local_attention
+from linearize.layout import TILE, Grid, Layout
+from linearize.ops.local_attention import explain_backend, local_attention
 from linearize.ops.regions import Disc
 
 # Largest relative error, |out - reference| / |reference| against float64, at which a speed may be reported.
@@ -26,11 +25,10 @@ DENSE_KERNELS: dict[str, dict[str, SDPBackend | None]] = {
     "cpu": {"dense": None},
     "cuda": {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION},
 }
-# (image query, image key) pairs that a backend computes.
-VISITED: dict[str, Callable[[Grid, int], int]] = {
-    "naive": lambda grid, window: grid.num_tokens**2,
-    "halo": lambda grid, window: visited_pairs(grid, Disc(window)),
-}
+# Peers that are a backend in an order of tokens other than tiles: CLEAR runs FlexAttention in raster order.
+PEERS: dict[str, tuple[str, tuple[int, int] | None]] = {"clear_raster_flex": ("flex", None)}
+# Operations for each pair and channel: two products forward, and five more backward.
+_OPERATIONS = {"forward": 4, "forward_backward": 14}
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,13 @@ class LayerSizes:
     repeats: int
 
     def tokens(self, grid: Grid, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Random query, key and value, [batch, heads, tokens, head_dim], that require gradients."""
-        shape = (self.batch, self.num_heads, self.num_text_tokens + grid.num_tokens, self.head_dim)
+        """Random query, key and value that require gradients: [batch, heads, tokens, head_dim], token-major in memory.
+
+        This is how the projections of a layer write them.
+        """
+        shape = (self.batch, self.num_text_tokens + grid.num_tokens, self.num_heads, self.head_dim)
         drawn = (torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(3))
-        return tuple(states.requires_grad_() for states in drawn)
+        return tuple(states.transpose(1, 2).requires_grad_() for states in drawn)
 
 
 def attention_rows(
@@ -73,18 +74,26 @@ def attention_rows(
         sizes: The layer.
         sides: Sides of square grids in tokens.
         windows: Radii of the disc.
-        backends: Of `local_attention`.
+        backends: Of `local_attention`, or of `PEERS`.
         passes: "forward" and "forward_backward".
         seed: Of the tokens.
 
     Yields:
-        One row for each measurement, with `ratio_to_dense` against the first dense kernel of the same grid and pass.
+        One row for each measurement, with `ratio_to_dense` against the first dense kernel of the same grid and pass, or
+        with `error`: why the machine does not run it.
 
     Raises:
         LinearizeError: A backend does not compute the disc's attention: its speed would mean nothing.
     """
+    for kind in passes:
+        if kind not in _OPERATIONS:
+            raise LinearizeError(f"passes names {kind!r}: choose from {', '.join(_OPERATIONS)}.")
+    probe = sizes.tokens(PROBE, torch.Generator().manual_seed(seed))
     errors = {
-        (backend, window): check_parity(sizes, window, backend, seed) for backend in backends for window in windows
+        (name, window): check_parity(sizes, window, name, seed)
+        for name in backends
+        for window in windows
+        if _refusal(sizes, PROBE, window, name, probe, "forward") is None
     }
     for side in sides:
         grid = Grid(side, side)
@@ -92,21 +101,26 @@ def attention_rows(
         for kind in passes:
             dense_seconds: float | None = None
             for name, kernel in DENSE_KERNELS[sizes.device.type].items():
-                timing = _time(sizes, _dense_call(kernel), states, kind)
-                dense_seconds = dense_seconds or timing["median_seconds"]
-                row = {"kernel": name, "side": side, "pass": kind, "window": None}
-                yield row | timing | {"ratio_to_dense": dense_seconds / timing["median_seconds"]}
-            assert dense_seconds is not None
+                row: dict[str, Any] = {"kernel": name, "side": side, "pass": kind, "window": None}
+                row |= _time(sizes, _dense_call(kernel), states, kind)
+                dense_seconds = dense_seconds or row.get("median_seconds")
+                yield row | _dense_rate(sizes, grid, row) | _ratio(dense_seconds, row)
             for window in windows:
-                for backend in backends:
-                    timing = _time(sizes, _local_call(sizes, grid, window, backend), states, kind)
-                    row = {"kernel": backend, "side": side, "pass": kind, "window": window}
-                    row |= timing | {"ratio_to_dense": dense_seconds / timing["median_seconds"]}
-                    yield row | _pairs(sizes, grid, window, backend, timing, errors[backend, window])
+                for name in backends:
+                    row = {"kernel": name, "side": side, "pass": kind, "window": window}
+                    reason = _refusal(sizes, grid, window, name, states, kind)
+                    if reason is not None:
+                        yield row | {"error": reason}
+                        continue
+                    row |= _time(sizes, _local_call(sizes, grid, window, name), states, kind)
+                    row |= _ratio(dense_seconds, row) | {"parity_error": errors.get((name, window))}
+                    yield row | _pairs(sizes, grid, window, name, row)
 
 
 def check_parity(sizes: LayerSizes, window: int, backend: str, seed: int = 0) -> float:
     """Compares output and gradients with the naive form in float64 on a grid that no tile divides.
+
+    Where the backend has no gradients, the output alone is compared.
 
     Returns:
         The largest relative error of the output and the three gradients.
@@ -117,10 +131,14 @@ def check_parity(sizes: LayerSizes, window: int, backend: str, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed + 1)
     states = sizes.tokens(PROBE, generator)
     weight = torch.randn(states[0].shape, generator=generator)
-    found = _results(_local_call(sizes, PROBE, window, backend), states, weight.to(sizes.device, sizes.dtype))
-    exact = tuple(state.detach().cpu().double().requires_grad_() for state in states)
-    expected = _results(_local_call(sizes, PROBE, window, "naive"), exact, weight.to(sizes.dtype).double())
-    error = max(((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+    with_gradients = _refusal(sizes, PROBE, window, backend, states, "forward_backward") is None
+    found = _results(
+        _local_call(sizes, PROBE, window, backend), states, weight.to(sizes.device, sizes.dtype), with_gradients
+    )
+    exact = tuple(state.detach().double().requires_grad_() for state in states)
+    naive = _local_call(sizes, PROBE, window, "naive", tile=PEERS.get(backend, (backend, TILE))[1])
+    expected = _results(naive, exact, weight.to(sizes.device, sizes.dtype).double(), with_gradients)
+    error = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
     if not error <= PARITY[sizes.dtype]:
         raise LinearizeError(
             f"backend {backend} at window={window} in {sizes.dtype} is off by {error:.2g} from the definition (at most "
@@ -129,9 +147,26 @@ def check_parity(sizes: LayerSizes, window: int, backend: str, seed: int = 0) ->
     return error
 
 
-def _results(call: Callable[..., Tensor], states: tuple[Tensor, ...], weight: Tensor) -> list[Tensor]:
+def _results(
+    call: Callable[..., Tensor], states: tuple[Tensor, ...], weight: Tensor, with_gradients: bool
+) -> list[Tensor]:
+    if not with_gradients:
+        with torch.no_grad():
+            return [call(*states)]
     output = call(*states)
     return [output.detach(), *torch.autograd.grad(output, states, weight)]
+
+
+def _refusal(
+    sizes: LayerSizes, grid: Grid, window: int, name: str, states: tuple[Tensor, ...], kind: str
+) -> str | None:
+    """Why a backend does not compute a pass here, or None."""
+    with torch.set_grad_enabled(kind != "forward"):
+        try:
+            explain_backend(*states, **_options(sizes, grid, window, name))
+        except LinearizeError as error:
+            return str(error)
+    return None
 
 
 def _dense_call(kernel: SDPBackend | None) -> Callable[..., Tensor]:
@@ -142,39 +177,68 @@ def _dense_call(kernel: SDPBackend | None) -> Callable[..., Tensor]:
     return call
 
 
-def _local_call(sizes: LayerSizes, grid: Grid, window: int, backend: str) -> Callable[..., Tensor]:
+def _options(sizes: LayerSizes, grid: Grid, window: int, name: str) -> dict[str, Any]:
+    backend, tile = PEERS.get(name, (name, TILE))
+    return {
+        "grid": grid,
+        "window": window,
+        "backend": backend,
+        "tile": tile,
+        "num_text_tokens": sizes.num_text_tokens,
+    }
+
+
+def _local_call(sizes: LayerSizes, grid: Grid, window: int, name: str, **changed: Any) -> Callable[..., Tensor]:
+    options = _options(sizes, grid, window, name) | changed
+
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        options: dict[str, Any] = {"grid": grid, "window": window, "backend": backend, "tile": TILE}
-        return local_attention(query, key, value, num_text_tokens=sizes.num_text_tokens, **options)
+        return local_attention(query, key, value, **options)
 
     return call
 
 
 def _time(sizes: LayerSizes, call: Callable[..., Tensor], states: tuple[Tensor, ...], kind: str) -> dict[str, Any]:
+    gradient = torch.ones_like(states[0])
+
     def forward() -> None:
         with torch.no_grad():
             call(*states)
 
-    gradient = torch.ones_like(states[0])
-
     def forward_backward() -> None:
         torch.autograd.grad(call(*states), states, gradient)
 
-    calls = {"forward": forward, "forward_backward": forward_backward}
-    if kind not in calls:
-        raise LinearizeError(f"passes names {kind!r}: choose from {', '.join(calls)}.")
-    return measure(calls[kind], sizes.device, warmup=sizes.warmup, repeats=sizes.repeats).as_dict()
+    measured = forward if kind == "forward" else forward_backward
+    return measured_or_reason(measured, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats)
 
 
-def _pairs(
-    sizes: LayerSizes, grid: Grid, window: int, backend: str, timing: dict[str, Any], error: float
-) -> dict[str, Any]:
-    """Image pairs that the backend visits for each in the disc, and its time for each visited pair, text included."""
-    text = sizes.num_text_tokens * (sizes.num_text_tokens + 2 * grid.num_tokens)
-    exact, visited = exact_pairs(grid, window), VISITED[backend](grid, window)
-    calls = sizes.batch * sizes.num_heads * (visited + text)
-    return {
-        "parity_error": error,
-        "visited_over_exact": visited / exact,
-        "picoseconds_per_visited_pair": timing["median_seconds"] * 1e12 / calls,
-    }
+def _ratio(dense_seconds: float | None, row: dict[str, Any]) -> dict[str, Any]:
+    seconds = row.get("median_seconds")
+    return {"ratio_to_dense": dense_seconds / seconds if dense_seconds and seconds else None}
+
+
+def _dense_rate(sizes: LayerSizes, grid: Grid, row: dict[str, Any]) -> dict[str, Any]:
+    tokens = sizes.num_text_tokens + grid.num_tokens
+    return {"tflops_exact": _tflops(sizes, row, tokens**2)}
+
+
+def _pairs(sizes: LayerSizes, grid: Grid, window: int, name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Pairs of an image query and a key that are visited for each that is exact, and rates with text queries added."""
+    backend, tile = PEERS.get(name, (name, TILE))
+    layout, region = Layout(sizes.num_text_tokens, (grid,), tile=tile), Disc(window)
+    text = layout.num_text_tokens * layout.num_tokens
+    exact, visited = exact_pairs(layout, region), visited_pairs(backend, layout, region)
+    found: dict[str, Any] = {"tflops_exact": _tflops(sizes, row, exact + text)}
+    if visited is None:
+        return found
+    found |= {"visited_over_exact": visited / exact, "tflops_visited": _tflops(sizes, row, visited + text)}
+    if "median_seconds" in row:
+        pairs = sizes.batch * sizes.num_heads * (visited + text)
+        found["picoseconds_per_visited_pair"] = row["median_seconds"] * 1e12 / pairs
+    return found
+
+
+def _tflops(sizes: LayerSizes, row: dict[str, Any], pairs: int) -> float | None:
+    if "median_seconds" not in row:
+        return None
+    operations = _OPERATIONS[row["pass"]] * sizes.batch * sizes.num_heads * sizes.head_dim * pairs
+    return operations / row["median_seconds"] / 1e12

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize.benchmark.attention import PARITY
-from linearize.benchmark.model import ModelSettings, model_rows
 from linearize.benchmark.timing import measure
+from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.errors import LinearizeError
 from linearize.files import first_sentence
 from linearize.mixers import Mixer, MixerContext, mixer_defaults
@@ -134,8 +134,8 @@ def layer_call(teacher: Teacher, student: nn.Module, height: int, width: int, nu
 
 
 def _rows(teacher: Teacher, name: str, settings: MixerSettings) -> Iterator[dict[str, Any]]:
-    plan, device = [{"layers": "*", "mixer": name}], teacher.pipeline.transformer.device
-    student = share_student(teacher.pipeline.transformer, plan)
+    device = teacher.pipeline.transformer.device
+    student = share_student(teacher.pipeline.transformer, [{"layers": "*", "mixer": name}])
     for parameter in trained_parameters(student).values():
         parameter.data = parameter.data.to(teacher.pipeline.transformer.dtype)
     error = parity_error(layer_call(teacher, student, *settings.probe, settings.max_sequence_length))
@@ -153,20 +153,18 @@ def _rows(teacher: Teacher, name: str, settings: MixerSettings) -> Iterator[dict
         }
     del student
     if settings.train_batch:
-        yield _train_step(teacher, plan, settings)
+        yield _train_step(teacher, name, settings)
 
 
-def _train_step(teacher: Teacher, plan: list[dict[str, Any]], settings: MixerSettings) -> dict[str, Any]:
-    batch = settings.train_batch
-    measured = ModelSettings(
-        batch=batch,
+def _train_step(teacher: Teacher, name: str, settings: MixerSettings) -> dict[str, Any]:
+    measured = TrainSettings(
+        batch=settings.train_batch,
         max_sequence_length=settings.max_sequence_length,
-        num_inference_steps=1,
-        warmup=1,
+        learning_rate=1e-5,
+        curve_steps=1,
         repeats=settings.train_repeats,
     )
-    rows = model_rows(teacher, measured, kind="train_step", sizes=[settings.train_size], plans={"student": plan})
-    row = next(row for row in rows if row["model"] == "student")
-    kept = ("size", "median_seconds", "min_seconds", "max_seconds", "repeats", "peak_memory_gib")
-    timing = {key: row[key] for key in kept}
-    return {"pass": "train_step", **timing, "batch": batch, "samples_per_second": batch / row["median_seconds"]}
+    recipes = {"student": {"student": {"mixer": name}, "compile": False}}
+    (row,) = train_rows(teacher, measured, sizes=[settings.train_size], recipes=recipes)
+    unwanted = ("model", "losses", "last_loss", "ratio_to_first")
+    return {"pass": "train_step"} | {name: value for name, value in row.items() if name not in unwanted}

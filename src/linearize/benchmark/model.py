@@ -1,18 +1,28 @@
-"""Whole models: one forward pass, one distillation step and one picture, teacher and student side by side."""
+"""Whole models: one forward pass and one picture, teacher and students side by side."""
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from linearize.benchmark.timing import measure
+from linearize.benchmark.subjects import BASELINES, RemovedAttention, student_of
+from linearize.benchmark.timing import measured_or_reason
+from linearize.compilation import compile_backend, compile_blocks
 from linearize.errors import LinearizeError
 from linearize.evaluation.paired import with_transformer
 from linearize.flops import attention_flops
-from linearize.surgery import share_student, trained_parameters
+from linearize.mixers._local import LocalMixer
 from linearize.teachers import Teacher
+
+# Largest relative error of a compiled model's velocity, against the same model run eagerly with attention by `halo`, at
+# which its speed may be reported: rounding, through all layers.
+PARITY = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class ModelSettings:
         num_inference_steps: Sampler steps of one picture.
         warmup: Calls before the clock starts.
         repeats: Timed calls.
-        compile_backend: Backend for torch.compile of the repeated blocks; None runs them eagerly.
+        compile: Whether blocks are compiled: "auto", True, False, or a backend.
     """
 
     batch: int
@@ -33,48 +43,106 @@ class ModelSettings:
     num_inference_steps: int
     warmup: int
     repeats: int
-    compile_backend: str | None = None
+    compile: bool | str = "auto"
 
 
 def model_rows(
-    teacher: Teacher, settings: ModelSettings, *, kind: str, sizes: list[int], plans: Mapping[str, list[dict[str, Any]]]
+    teacher: Teacher,
+    settings: ModelSettings,
+    *,
+    kind: str,
+    sizes: list[int],
+    students: Mapping[str, Mapping[str, Any]],
+    baselines: Sequence[str] = ("teacher",),
 ) -> Iterator[dict[str, Any]]:
-    """Measures the teacher and every student at every size.
+    """Measures baselines and every student at every size.
+
+    On a GPU dense attention is cuDNN's.
 
     Args:
         teacher: The teacher.
         settings: How.
-        kind: "transformer" (one forward pass), "train_step" (teacher forward, student forward and backward, optimizer)
-            or "sampling" (the stock pipeline call on embeddings, without decoding).
+        kind: "transformer" (one forward pass) or "sampling" (the stock pipeline call on embeddings, without decoding).
         sizes: Sides of square pictures in pixels.
-        plans: Layer rules of each student by name.
+        students: Students by name, see `student_of`.
+        baselines: Of `BASELINES`; the first row is what the others are compared with.
 
     Yields:
-        One row for each model and size, with `ratio_to_teacher`; a training step has no teacher's row to compare with,
-        so its ratio is to a student with softmax in every layer.
+        One row for each model and size, with `ratio_to_teacher`, or with `error`: why there is no speed.
 
     Raises:
-        LinearizeError: `kind` is unknown.
+        LinearizeError: `kind` or a baseline is unknown, or a compiled model computes something else.
     """
     if kind not in _CALLS:
         raise LinearizeError(f"suite={kind} is unknown: choose attention, {', '.join(_CALLS)}.")
-    all_plans: dict[str, list[dict[str, Any]]] = {"teacher": [{"layers": "*", "mixer": "softmax"}], **plans}
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown:
+        raise LinearizeError(f"model.baselines names {unknown[0]!r}: choose from {', '.join(BASELINES)}.")
+    subjects: dict[str, Callable[[nn.Module], nn.Module]] = {name: BASELINES[name] for name in baselines}
+    subjects |= {name: partial(student_of, rule=rule) for name, rule in students.items()}
     for size in sizes:
         dense: float | None = None
-        for name, rules in all_plans.items():
-            student = share_student(teacher.pipeline.transformer, rules)
-            if settings.compile_backend is not None:
-                cast(Any, student).compile_repeated_blocks(backend=settings.compile_backend)
+        for name, build in subjects.items():
+            row = {"model": name, "size": size, **_measure(teacher, settings, kind, size, build, size == min(sizes))}
+            seconds = row.get("median_seconds")
+            dense = dense or seconds
+            yield row | {"ratio_to_teacher": dense / seconds if dense and seconds else None}
+
+
+def _measure(
+    teacher: Teacher,
+    settings: ModelSettings,
+    kind: str,
+    size: int,
+    build: Callable[[nn.Module], nn.Module],
+    checks_parity: bool,
+) -> dict[str, Any]:
+    # Graphs of one model are no guide to the next, and hold its memory.
+    torch.compiler.reset()
+    gc.collect()
+    device = teacher.pipeline.transformer.device
+    student = build(teacher.pipeline.transformer)
+    found: dict[str, Any] = {"attention_gflops": _gflops(teacher, student, settings, size)}
+    try:
+        with _dense_kernel(device):
             call = _CALLS[kind](teacher, student, settings, size)
-            timing = measure(call, teacher.pipeline.device, warmup=settings.warmup, repeats=settings.repeats)
-            dense = dense or timing.median_seconds
-            yield {
-                "model": name,
-                "size": size,
-                **timing.as_dict(),
-                "ratio_to_teacher": dense / timing.median_seconds,
-                "attention_gflops": _gflops(teacher, student, settings, size),
-            }
+            error = _parity_error(teacher, student, settings, size) if checks_parity and kind == "transformer" else None
+            found["parity_error"] = error
+            if error is None or error <= PARITY[teacher.pipeline.transformer.dtype]:
+                return found | measured_or_reason(call, device, warmup=settings.warmup, repeats=settings.repeats)
+    except LinearizeError as refusal:
+        return found | {"error": str(refusal)}
+    raise LinearizeError(
+        f"a compiled model is off by {error:.2g} from what it computes eagerly, more than rounding explains, so no "
+        "speed of it is reported: leave it out of model.mixers, or set model.compile=false."
+    )
+
+
+def _dense_kernel(device: torch.device) -> contextlib.AbstractContextManager:
+    """CuDNN's attention where there is a choice, and others where it refuses: masked attention, small heads."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
+
+
+@torch.no_grad()
+def _parity_error(teacher: Teacher, student: nn.Module, settings: ModelSettings, size: int) -> float | None:
+    """The relative error of the compiled student's velocity against the same student run eagerly with `halo`."""
+    mixers = [getattr(site, "mixer", None) for site in teacher.backbone.sites(student).values()]
+    if any(isinstance(mixer, RemovedAttention) for mixer in mixers):
+        return None
+    local = [mixer for mixer in mixers if isinstance(mixer, LocalMixer)]
+    backends = [mixer.backend for mixer in local]
+    inputs = _inputs(teacher, settings, size)
+    found = teacher.backbone.predict(student, *inputs).float()
+    for mixer in local:
+        mixer.backend = "halo"
+    with torch.compiler.set_stance("force_eager"):
+        expected = teacher.backbone.predict(student, *inputs).float()
+    for mixer, backend in zip(local, backends, strict=True):
+        mixer.backend = backend
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def _inputs(teacher: Teacher, settings: ModelSettings, size: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -92,7 +160,7 @@ def _inputs(teacher: Teacher, settings: ModelSettings, size: int) -> tuple[Tenso
 
 def _forward(teacher: Teacher, student: nn.Module, settings: ModelSettings, size: int) -> Callable[[], object]:
     inputs = _inputs(teacher, settings, size)
-    student.to(teacher.pipeline.transformer.dtype)
+    _ready(teacher, student, settings)
 
     def call() -> None:
         with torch.no_grad():
@@ -101,26 +169,8 @@ def _forward(teacher: Teacher, student: nn.Module, settings: ModelSettings, size
     return call
 
 
-def _train_step(teacher: Teacher, student: nn.Module, settings: ModelSettings, size: int) -> Callable[[], object]:
-    inputs = _inputs(teacher, settings, size)
-    device = teacher.pipeline.transformer.device.type
-    optimizer = torch.optim.AdamW(list(trained_parameters(student).values()), lr=1e-5)
-    mixed = teacher.pipeline.transformer.dtype == torch.bfloat16
-
-    def call() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=mixed):
-            with torch.no_grad():
-                target = teacher.backbone.predict(teacher.pipeline.transformer, *inputs)
-            loss = (teacher.backbone.predict(student, *inputs) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return call
-
-
 def _sampling(teacher: Teacher, student: nn.Module, settings: ModelSettings, size: int) -> Callable[[], object]:
-    student.to(teacher.pipeline.transformer.dtype)
+    _ready(teacher, student, settings)
     pipeline = with_transformer(teacher.pipeline, student)
     conditioning = teacher.encode(["a picture"] * settings.batch, settings.max_sequence_length)
 
@@ -138,6 +188,13 @@ def _sampling(teacher: Teacher, student: nn.Module, settings: ModelSettings, siz
     return call
 
 
+def _ready(teacher: Teacher, student: nn.Module, settings: ModelSettings) -> None:
+    """As a student is sampled: in the teacher's dtype, compiled."""
+    transformer = teacher.pipeline.transformer
+    student.to(transformer.dtype).eval()
+    compile_blocks(student, compile_backend(settings.compile, transformer.device))
+
+
 def _gflops(teacher: Teacher, student: nn.Module, settings: ModelSettings, size: int) -> float:
     shape = teacher.backbone.latent_shape(teacher.pipeline, size, size)
     latents = torch.empty((settings.batch, *shape), device="meta")
@@ -147,6 +204,5 @@ def _gflops(teacher: Teacher, student: nn.Module, settings: ModelSettings, size:
 
 _CALLS: dict[str, Callable[[Teacher, nn.Module, ModelSettings, int], Callable[[], object]]] = {
     "transformer": _forward,
-    "train_step": _train_step,
     "sampling": _sampling,
 }

@@ -1,5 +1,6 @@
 """Runs a benchmark from its config and keeps what it measured: what scripts/benchmark.py calls."""
 
+import json
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +14,11 @@ from rich.table import Table
 from linearize.benchmark.attention import LayerSizes, attention_rows
 from linearize.benchmark.mixers import MixerSettings, mixer_rows
 from linearize.benchmark.model import ModelSettings, model_rows
-from linearize.benchmark.plot import plot_attention
+from linearize.benchmark.plot import PLOTS
 from linearize.benchmark.scans import ScanSizes, scan_rows
+from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.config import build_teacher, plain
+from linearize.errors import LinearizeError
 from linearize.evaluation.environment import command, machine, versions
 from linearize.evaluation.tables import markdown_table
 from linearize.files import write_json, write_text
@@ -33,21 +36,29 @@ _COLUMNS = {
     "window": ("window", None),
     "ms": ("median_seconds", 1000),
     "GiB": ("peak_memory_gib", 1),
+    "GiB loaded": ("memory_after_loading_gib", 1),
     "x dense": ("ratio_to_dense", 1),
     "x teacher": ("ratio_to_teacher", 1),
+    "x first": ("ratio_to_first", 1),
     "visited / exact": ("visited_over_exact", 1),
+    "TFLOP/s visited": ("tflops_visited", 1),
+    "TFLOP/s exact": ("tflops_exact", 1),
     "ps / pair": ("picoseconds_per_visited_pair", 1),
     "TFLOP/s": ("tflops_per_second", 1),
     "GB/s": ("gb_per_second", 1),
     "attention GFLOPs": ("attention_gflops", 1),
     "samples / s": ("samples_per_second", 1),
+    "last loss": ("last_loss", 1),
     "parity error": ("parity_error", 1),
     "error": ("error", None),
 }
 
 
 def benchmark(cfg: DictConfig) -> dict[str, Any]:
-    """Measures one suite, prints a table and writes `<out>.json`, `<out>.md` and, for attention, `<out>.png`.
+    """Measures one suite, prints a table and writes `<out>.json`, `<out>.md` and, for some suites, `<out>.png`.
+
+    All of it is there after every row, so that what was measured outlives a run that is stopped. With `cfg.extend` the
+    rows of an earlier file come first.
 
     Returns:
         The content of the JSON file: the rows, and the machine, versions, commit, command and configuration.
@@ -55,25 +66,50 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         LinearizeError: A setting is unknown, or a backend fails the parity check.
     """
-    device = resolve_device(cfg.device)
-    rows = list(_shown(_LAYER_SUITES.get(cfg.suite, _model)(cfg, device)))
-    result = {
+    device, out = resolve_device(cfg.device), Path(cfg.out)
+    result: dict[str, Any] = {
         "suite": cfg.suite,
-        "rows": rows,
+        "rows": [],
         "machine": machine(device),
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": _commit(Path(cfg.root)),
         "command": command(),
-        "settings": plain(cfg[cfg.suite] if cfg.suite in _LAYER_SUITES else cfg.model),
+        "settings": plain(cfg[cfg.suite] if cfg.suite in _OWN_SUITES else cfg.model),
     }
-    out = Path(cfg.out)
+    if cfg.extend:
+        _extend(result, out.with_suffix(".json"))
+    for row in _shown(_OWN_SUITES.get(cfg.suite, _model)(cfg, device)):
+        result["rows"].append(row)
+        _write(result, out)
+    Console().print(_table(result["rows"], cfg.suite))
+    return result
+
+
+def _write(result: Mapping[str, Any], out: Path) -> None:
     write_json(out.with_suffix(".json"), result)
     write_text(out.with_suffix(".md"), page(result, out.stem))
-    if cfg.suite == "attention":
-        plot_attention(result, out.with_suffix(".png"))
-    Console().print(_table(rows, cfg.suite))
-    return result
+    if result["suite"] in PLOTS:
+        PLOTS[result["suite"]](result, out.with_suffix(".png"))
+
+
+def _extend(result: dict[str, Any], path: Path) -> None:
+    """Puts the rows and the command of an earlier run of the same code on the same machine before this one's.
+
+    Raises:
+        LinearizeError: There is no such file, or it is of other code or another machine.
+    """
+    if not path.is_file():
+        raise LinearizeError(f"extend=true finds no {path}: leave extend out for the first run.")
+    earlier = json.loads(path.read_text())
+    for name in ("suite", "machine", "commit", "versions"):
+        if earlier.get(name) != result[name]:
+            raise LinearizeError(
+                f"extend=true finds another {name} in {path} ({earlier.get(name)}) than this run's ({result[name]}): "
+                "measure all of it again, or set another out."
+            )
+    result["rows"] = earlier["rows"]
+    result["command"] = f"{earlier['command']}; {result['command']}"
 
 
 def page(result: Mapping[str, Any], title: str) -> str:
@@ -109,13 +145,19 @@ def _mixers(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
 
 def _model(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
     settings = plain(cfg.model)
-    sizes, mixers = settings.pop("sizes"), settings.pop("mixers")
-    plans = {name: [{"layers": "*", **rule}] for name, rule in mixers.items()}
-    return model_rows(build_teacher(cfg), ModelSettings(**settings), kind=cfg.suite, sizes=sizes, plans=plans)
+    axes = {name: settings.pop(name) for name in ("sizes", "baselines")}
+    students = settings.pop("mixers")
+    return model_rows(build_teacher(cfg), ModelSettings(**settings), kind=cfg.suite, students=students, **axes)
+
+
+def _train_step(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+    settings = plain(cfg.train_step)
+    axes = {name: settings.pop(name) for name in ("sizes", "recipes")}
+    return train_rows(build_teacher(cfg), TrainSettings(**settings), **axes)
 
 
 # What has settings of its own; every other suite measures whole models.
-_LAYER_SUITES = {"attention": _attention, "scans": _scans, "mixers": _mixers}
+_OWN_SUITES = {"attention": _attention, "scans": _scans, "mixers": _mixers, "train_step": _train_step}
 
 
 def _shown(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

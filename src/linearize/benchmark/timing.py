@@ -10,6 +10,9 @@ import torch
 
 from linearize.costs import GIB
 
+# Seconds of timed calls that are enough for a median.
+PATIENCE = 60.0
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -34,7 +37,9 @@ class Timing:
         return asdict(self)
 
 
-def measure(call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int) -> Timing:
+def measure(
+    call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int, patience: float = PATIENCE
+) -> Timing:
     """Times `call`, by CUDA events on a GPU and by the wall clock on a CPU.
 
     Args:
@@ -42,6 +47,7 @@ def measure(call: Callable[[], object], device: torch.device, *, warmup: int, re
         device: Where it works.
         warmup: Calls before the clock starts.
         repeats: Calls that are timed, one by one.
+        patience: Seconds after which no more calls are begun; one is timed in any case.
     """
     for _ in range(warmup):
         call()
@@ -50,9 +56,29 @@ def measure(call: Callable[[], object], device: torch.device, *, warmup: int, re
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     clock = _gpu_seconds if on_gpu else _cpu_seconds
-    seconds = [clock(call) for _ in range(repeats)]
+    seconds = [clock(call)]
+    while len(seconds) < repeats and sum(seconds) < patience:
+        seconds.append(clock(call))
     peak = torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None
-    return Timing(statistics.median(seconds), min(seconds), max(seconds), repeats, peak)
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak)
+
+
+def measured_or_reason(
+    call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int
+) -> dict[str, Any]:
+    """Times `call` as `measure` does.
+
+    Returns:
+        The fields of the timing, or where the GPU's memory does not hold it, "error": one sentence.
+    """
+    try:
+        return measure(call, device, warmup=warmup, repeats=repeats).as_dict()
+    except torch.OutOfMemoryError:
+        pass
+    # Outside of the handler, where the failed call's tensors are gone.
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    return {"error": f"out of memory: it needs more than this GPU's {total:.0f} GiB; choose a smaller size or batch"}
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:

@@ -51,17 +51,17 @@ class AdamW8bit(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad.float(), group)
         return loss
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
             for moment in ("mean", "square"):
                 state |= _zeros(moment, parameter)
         state["step"] += 1
-        step, (beta1, beta2), gradient = state["step"], group["betas"], parameter.grad.float()
+        step, (beta1, beta2) = state["step"], group["betas"]
         mean = _load(state, "mean", parameter).lerp_(gradient, 1 - beta1)
         square = _load(state, "square", parameter).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         _store(state, "mean", mean)

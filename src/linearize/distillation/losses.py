@@ -138,7 +138,7 @@ class AttentionOutput(LossTerm):
 
 
 class _SquaredError(torch.autograd.Function):
-    """Mean squared error in float32 that keeps its two arguments as they are, and nothing else, for the backward pass."""
+    """Mean squared error in float32 that keeps nothing but its two arguments, as they are, for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class DistillationModule(lightning.LightningModule):
         self.sigma, self.seed = sigma or Uniform(), seed
         self.identity = {**(identity or {}), "plan": student.config["linearize_plan"]}
         self._micro_step = 0
+        self._optimizer: Optimizer | None = None
         self._rng: dict[str, Any] | None = None
         self._check_stages()
         dropout = window_dropout or WindowDropout()
@@ -130,8 +131,11 @@ class DistillationModule(lightning.LightningModule):
         """Bytes that the step will still allocate: gradients, and at first the two moments of AdamW."""
         gradients = sum(value.nbytes for value in self.trained.values() if value.grad is None)
         gradients = 0 if self.optimizer_in_backward else gradients
-        started = self._trainer is not None and any(optimizer.state for optimizer in self.trainer.optimizers)
-        return gradients if started else gradients + 2 * sum(value.nbytes for value in self.trained.values())
+        return (
+            gradients
+            if self._optimizer is not None and self._optimizer.state
+            else gradients + 2 * sum(value.nbytes for value in self.trained.values())
+        )
 
     def train(self, mode: bool = True) -> "DistillationModule":
         """Sets the student's mode; the teacher always stays in evaluation mode."""
@@ -150,22 +154,32 @@ class DistillationModule(lightning.LightningModule):
         Raises:
             LinearizeError: the optimizer refuses its settings.
         """
-        try:
-            optimizer = self.make_optimizer(list(self.trained.values()))
-        except (TypeError, ValueError) as error:
-            raise LinearizeError(f"The optimizer refuses its settings ({error}): correct optimizer.*") from error
+        if self.optimizer_in_backward:
+            self._check_step_in_backward()
+        optimizer = self.build_optimizer()
         base = optimizer.defaults["lr"]
         if base == 0 and any(stage.lr for stage in self.stages):
             raise LinearizeError("optimizer.lr=0 scales no other rate: give it a number above 0, or transfer_lr=null.")
-        if self.optimizer_in_backward:
-            self._check_step_in_backward()
-            StepInBackward(optimizer, self.trained.values(), self._is_trained_in_stage)
 
         def factor(step: int) -> float:
             stage, done = stage_at(self.stages, step)
             return (stage.lr / base if stage.lr else 1.0) * self.schedule(done, stage.num_steps)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def build_optimizer(self) -> Optimizer:
+        """The optimizer over what trains; from here on it may step within the backward pass.
+
+        Raises:
+            LinearizeError: the optimizer refuses its settings.
+        """
+        try:
+            self._optimizer = self.make_optimizer(list(self.trained.values()))
+        except (TypeError, ValueError) as error:
+            raise LinearizeError(f"The optimizer refuses its settings ({error}): correct optimizer.*") from error
+        if self.optimizer_in_backward:
+            StepInBackward(self._optimizer, self.trained.values(), self._is_trained_in_stage)
+        return self._optimizer
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Leaves windows out, the same in all micro steps of an optimizer step, until its backward pass is done."""
@@ -190,7 +204,7 @@ class DistillationModule(lightning.LightningModule):
                 )
 
     def _is_trained_in_stage(self, parameter: nn.Parameter) -> bool:
-        if self.stage.trains == "all":
+        if all(stage.trains == "all" for stage in self.stages) or self.stage.trains == "all":
             return True
         return any(value is parameter for name, value in self.trained.items() if is_mixer_parameter(name))
 

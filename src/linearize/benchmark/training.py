@@ -1,0 +1,194 @@
+"""One distillation step: teacher forward, student forward and backward, optimizer, by CLEAR's losses."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from linearize.benchmark.subjects import student_of
+from linearize.benchmark.timing import measured_or_reason
+from linearize.compilation import compile_backend
+from linearize.costs import GIB
+from linearize.distillation.adamw8bit import AdamW8bit
+from linearize.distillation.losses import AttentionOutput, FlowMatching, Prediction
+from linearize.distillation.module import DistillationModule
+from linearize.distillation.noise import Uniform, draw_noise
+from linearize.distillation.stages import Stage
+from linearize.errors import LinearizeError
+from linearize.surgery import trained_parameters
+from linearize.teachers import Teacher
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What is measured.
+
+    Attributes:
+        batch: Pictures in a step.
+        max_sequence_length: Text tokens.
+        learning_rate: Of every optimizer.
+        curve_steps: Steps on the same samples, each with noise of its own, whose losses are kept; the first compile.
+        repeats: Timed steps after them.
+    """
+
+    batch: int
+    max_sequence_length: int
+    learning_rate: float
+    curve_steps: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained.
+
+    Attributes:
+        student: Its mixer, see `student_of`.
+        shared: Whether frozen tensors are the teacher's own objects; otherwise there are two whole models.
+        compile: Whether blocks are compiled: "auto", True, False, or a backend.
+        activation_memory_gib: See `ActivationBudget`; 0 computes every block again.
+        optimizer: Of `OPTIMIZERS`.
+        optimizer_in_backward: See `StepInBackward`.
+    """
+
+    student: Mapping[str, Any]
+    shared: bool = True
+    compile: bool | str = "auto"
+    activation_memory_gib: float | None = None
+    optimizer: str = "adamw"
+    optimizer_in_backward: bool = False
+
+
+def train_rows(
+    teacher: Teacher, settings: TrainSettings, *, sizes: list[int], recipes: Mapping[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Measures recipes side by side; the first is what the others are compared with.
+
+    Args:
+        teacher: The teacher.
+        settings: How.
+        sizes: Sides of square pictures in pixels.
+        recipes: Fields of `Recipe` by name.
+
+    Yields:
+        One row for each recipe and size, with `samples_per_second`, `ratio_to_first`, the memory before the first step,
+        at the peak, and `losses`; or with `error`.
+
+    Raises:
+        LinearizeError: A recipe names what does not exist.
+    """
+    built = {name: _recipe(name, fields) for name, fields in recipes.items()}
+    for size in sizes:
+        first: float | None = None
+        for name, recipe in built.items():
+            row = {"model": name, "size": size, **_measure(teacher, settings, recipe, size)}
+            _forget()
+            if "samples_per_second" in row:
+                first = first or row["samples_per_second"]
+                row["ratio_to_first"] = row["samples_per_second"] / first
+            yield row
+
+
+def build_step(
+    teacher: Teacher, student: nn.Module, settings: TrainSettings, recipe: Recipe, size: int
+) -> Callable[[], float | torch.Tensor]:
+    """A call that takes one step and returns its loss; noise differs between calls, samples do not."""
+    device = teacher.pipeline.transformer.device
+    terms = {
+        "flow_matching": FlowMatching(),
+        "prediction": Prediction(weight=0.5),
+        "attention_output": AttentionOutput(weight=0.5),
+    }
+    module = DistillationModule(
+        teacher.pipeline.transformer,
+        student,  # type: ignore[arg-type]
+        stages=[Stage("distill", terms, settings.curve_steps + settings.repeats)],
+        optimizer=lambda parameters: OPTIMIZERS[recipe.optimizer](parameters, lr=settings.learning_rate),
+        seed=_SEED,
+        ema_decay=0,
+        activation_memory_gib=recipe.activation_memory_gib,
+        optimizer_in_backward=recipe.optimizer_in_backward,
+        compile_backend=compile_backend(recipe.compile, device),
+    ).train()
+    optimizer, batch = module.build_optimizer(), _batch(teacher, settings, size)
+    mixed = teacher.pipeline.transformer.dtype == torch.bfloat16
+    step = 0
+
+    def call() -> torch.Tensor:
+        nonlocal step
+        keys = [(_SEED, step, 0, index) for index in range(settings.batch)]
+        step += 1
+        noise, sigma = draw_noise(batch["latents"], keys, Uniform())
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            values = module.compute_terms(terms, batch, noise, sigma)
+        loss = torch.stack([terms[name].weight * value for name, value in values.items()]).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return call
+
+
+def _recipe(name: str, fields: Mapping[str, Any]) -> Recipe:
+    try:
+        recipe = Recipe(**fields)
+    except TypeError as error:
+        choices = ", ".join(Recipe.__dataclass_fields__)
+        raise LinearizeError(
+            f"the recipe {name} of train_step is wrong ({error}): its settings are {choices}"
+        ) from error
+    if recipe.optimizer not in OPTIMIZERS:
+        raise LinearizeError(f"the recipe {name} has optimizer={recipe.optimizer}: choose {', '.join(OPTIMIZERS)}.")
+    return recipe
+
+
+def _measure(teacher: Teacher, settings: TrainSettings, recipe: Recipe, size: int) -> dict[str, Any]:
+    device = teacher.pipeline.transformer.device
+    on_gpu = device.type == "cuda"
+    losses: list[float] = []
+    loaded: float | None = None
+    try:
+        student = student_of(teacher.pipeline.transformer, recipe.student, shared=recipe.shared)
+        trained = trained_parameters(student)
+        student.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        call = build_step(teacher, student, settings, recipe, size)
+        loaded = torch.cuda.memory_allocated(device) / GIB if on_gpu else None
+        losses = [float(call()) for _ in range(settings.curve_steps)]
+        row = measured_or_reason(call, device, warmup=0, repeats=settings.repeats)
+    except LinearizeError as error:
+        return {"error": str(error)}
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory: choose a smaller size or batch, or less activation_memory_gib"}
+    row |= {"memory_after_loading_gib": loaded, "batch": settings.batch, "losses": losses, "last_loss": losses[-1]}
+    row |= {"trained_parameters": sum(value.numel() for value in trained.values())}
+    if "median_seconds" in row:
+        row["samples_per_second"] = settings.batch / row["median_seconds"]
+    return row
+
+
+def _batch(teacher: Teacher, settings: TrainSettings, size: int) -> dict[str, Any]:
+    device = teacher.pipeline.transformer.device
+    shape = (settings.batch, *teacher.backbone.latent_shape(teacher.pipeline, size, size))
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED)).to(device)
+    encoded = teacher.encode(["a picture"] * settings.batch, settings.max_sequence_length)
+    return {"latents": latents, "guidance": torch.full((settings.batch,), 3.5, device=device), **encoded}
+
+
+def _forget() -> None:
+    """Frees what the last recipe held: its graphs and, in reference cycles, its tensors."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
