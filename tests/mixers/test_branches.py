@@ -10,7 +10,7 @@ from torch import Tensor
 from contexts import SHAPE, flux_context, random_tokens
 from linearize.layout import Grid, Layout
 from linearize.mixers import Mixer, MixerContext, build_mixer, mixer_defaults, mixer_names
-from linearize.mixers._joint import Tokens
+from linearize.mixers._tokens import Tokens
 from linearize.mixers._window import inside_window
 
 LAYOUT = Layout(3, (Grid(7, 10),))

@@ -8,7 +8,7 @@ from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.mixers import AttentionShape, build_mixer
-from linearize.mixers._joint import Tokens
+from linearize.mixers._tokens import Tokens
 from linearize.mixers.care import CareMixer
 
 LAYOUT = Layout(4, (Grid(5, 8),))

@@ -15,7 +15,9 @@ def test_names_are_found_by_looking():
 
 
 def test_a_misspelt_name_lists_the_choices_and_the_nearest():
-    with pytest.raises(LinearizeError, match=r"unknown mixer 'cleer', choose one of care, clear, .*did you mean 'clear'"):
+    with pytest.raises(
+        LinearizeError, match=r"unknown mixer 'cleer', choose one of care, clear, .*did you mean 'clear'"
+    ):
         mixer_class("cleer")
 
 

@@ -7,7 +7,7 @@ from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.mixers import AttentionShape, build_mixer
-from linearize.mixers._joint import Tokens
+from linearize.mixers._tokens import Tokens
 from linearize.mixers.clear import ClearMixer
 from linearize.mixers.gla import GlaMixer
 from linearize.mixers.lawcat import LawcatMixer

@@ -9,7 +9,7 @@ from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.mixers import AttentionShape, build_mixer
-from linearize.mixers._joint import Tokens
+from linearize.mixers._tokens import Tokens
 from linearize.mixers.regla import ReglaMixer, refined_log_gate
 
 LAYOUT = Layout(4, (Grid(7, 12),))
@@ -50,7 +50,7 @@ def test_the_gate_is_finite_at_any_logit_and_fine_near_one():
 
 def test_it_starts_open_over_a_whole_picture():
     mixer = ReglaMixer(SHAPE)
-    (log_gate, *_) = mixer.log_gates(None, Tokens.of(*random_tokens(LAYOUT), flux_context(LAYOUT)))[0]
+    (log_gate, *_) = mixer.log_gates(Tokens.of(*random_tokens(LAYOUT), flux_context(LAYOUT)))[0]
     assert 1900 < math.log(0.5) / log_gate.max() < 2200
     assert log_gate.max() == log_gate.min()
 

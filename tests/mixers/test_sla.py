@@ -5,7 +5,7 @@ from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
 from linearize.layout import TILE, Grid, Layout
 from linearize.mixers import AttentionShape, build_mixer
-from linearize.mixers._joint import Tokens
+from linearize.mixers._tokens import Tokens
 from linearize.ops import block_sparse
 from linearize.ops.block_sparse import block_sparse_softmax, chosen, select_blocks, square_blocks
 from linearize.ops.block_states import Blocks, mix_block_states

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from linearize.layout import Layout
 from linearize.mixers._gated import GatedMixer
-from linearize.mixers._joint import Tokens
+from linearize.mixers._tokens import Tokens
 from linearize.mixers._window import window_attention
 from linearize.ops.linear_attention import exact_text_flops
 from linearize.ops.tile_states import window_flops

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._joint import JointMixer, Tokens, in_order
+from linearize.mixers._joint import JointMixer
+from linearize.mixers._tokens import Tokens, in_order
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.least_squares import ridge
 from linearize.ops.linear_attention import LinearPart, exact_text_flops, join, softmax_part, with_text_queries

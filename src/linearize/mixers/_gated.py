@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearize.mixers._joint import FeaturePair, JointMixer, Tokens
+from linearize.mixers._joint import JointMixer
+from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.ops.gated_scan import bidirectional_gated_attention, dense_decay, gated_attention_flops
 from linearize.ops.linear_attention import LinearPart, mask_keys
 from linearize.ops.scan_order import scan_order
@@ -67,6 +68,11 @@ class LogGates(nn.Module):
         return 2 * num_tokens * weights
 
 
+def both_ways(gates: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """Gates of `LogGates` as `GatedMixer.log_gates` gives them: forward and backward for each direction."""
+    return list(zip(gates[::2], gates[1::2], strict=True))
+
+
 class GatedMixer(JointMixer):
     """Base of mixers whose image tokens mix by scans with gates, along rows or rows and columns.
 
@@ -79,7 +85,7 @@ class GatedMixer(JointMixer):
 
     directions: tuple[str, ...] = ("rows",)
 
-    def log_gates(self, pair: FeaturePair, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
+    def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """For each direction the forward and backward log gates of image tokens, [batch, heads, image tokens, width].
 
         None for the backward gate makes the decay symmetric.
@@ -95,7 +101,7 @@ class GatedMixer(JointMixer):
         else:
             scans = [(*pair.rotated, value), (pair.query.values, pair.key.values, ones)]
         outputs = []
-        for direction, (ahead, behind) in zip(self.directions, self.log_gates(pair, tokens), strict=True):
+        for direction, (ahead, behind) in zip(self.directions, self.log_gates(tokens), strict=True):
             order, back = scan_order(tokens.context.layout, direction, value.device)
             ahead, behind = ahead[:, :, order], None if behind is None else behind[:, :, order]
             sums = [
@@ -111,7 +117,7 @@ class GatedMixer(JointMixer):
     def dense_images(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """See `JointMixer.dense_images`."""
         decays = []
-        for direction, (ahead, behind) in zip(self.directions, self.log_gates(pair, tokens), strict=True):
+        for direction, (ahead, behind) in zip(self.directions, self.log_gates(tokens), strict=True):
             order, back = scan_order(tokens.context.layout, direction, ahead.device)
             ahead = ahead[:, :, order]
             behind = F.pad(ahead, (0, 0, 0, 1))[:, :, 1:] if behind is None else behind[:, :, order]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from linearize.errors import LinearizeError
 from linearize.layout import Layout
+from linearize.mixers._arguments import TEXT, check_choice
+from linearize.mixers._tokens import FeaturePair, Tokens, in_order
 from linearize.mixers.base import AttentionShape, Mixer, MixerContext
 from linearize.ops.dense_attention import match_heads
-from linearize.ops.feature_maps import Features
 from linearize.ops.least_squares import least_error_weight
 from linearize.ops.linear_attention import (
     LinearPart,
@@ -28,122 +24,6 @@ from linearize.ops.linear_attention import (
     with_text_queries,
 )
 from linearize.ops.precision import widen, without_autocast
-from linearize.ops.rotary import rotate_features
-
-TEXT = ("exact", "state")
-ROPE = ("before_map", "after_map", "none")
-
-
-def check_choice(mixer: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Checks an argument that has a few values.
-
-    Raises:
-        LinearizeError: It is none of them.
-    """
-    if value not in choices:
-        raise LinearizeError(f"mixer {mixer!r} got {name}={value!r}; choose {', '.join(choices[:-1])} or {choices[-1]}")
-
-
-def check_number(mixer: str, name: str, value: object, least: int) -> None:
-    """Checks an argument that counts something.
-
-    Raises:
-        LinearizeError: It is no whole number, or below the least.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise LinearizeError(f"mixer {mixer!r} got {name}={value!r}; choose a whole number, {least} or more")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Query, key and value of one call: as given, and in float32 at least with a key and value for each query head.
-
-    Attributes:
-        query: [batch, heads, tokens, head_dim], not rotated.
-        key: Same.
-        value: Same.
-        given: Query, key and value as the layer gave them, with key-value heads.
-        context: The call's context.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    given: tuple[Tensor, Tensor, Tensor]
-    context: MixerContext
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tokens:
-        """The tokens of one call."""
-        wide = (widen(query), widen(match_heads(key, query)), widen(match_heads(value, query)))
-        return cls(*wide, (query, key, value), context)
-
-    @cached_property
-    def given_rotated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query and key, and value, in their own types and with key-value heads."""
-        query, key, value = self.given
-        return self.context.rotate(query), self.context.rotate(key), value
-
-    @cached_property
-    def rotated(self) -> tuple[Tensor, Tensor]:
-        """Query and key, rotated, in float32 at least and with a key for each query head."""
-        query, key, _ = self.given_rotated
-        return widen(query), widen(match_heads(key, query))
-
-    @property
-    def hidden_states(self) -> Tensor:
-        """The layer's input, [batch, tokens, hidden_size], in the type of the query.
-
-        Raises:
-            LinearizeError: The backbone does not pass it on.
-        """
-        if self.context.hidden_states is None:
-            raise LinearizeError("this mixer needs the layer's hidden states; use it in a linearized transformer")
-        return self.context.hidden_states.to(self.query.dtype)
-
-    @property
-    def image(self) -> slice:
-        """Where image tokens are."""
-        return self.context.layout.image_slice
-
-    @property
-    def text(self) -> slice:
-        """Where text tokens are."""
-        return self.context.layout.text_slice
-
-    def mask_of(self, where: slice) -> Tensor | None:
-        """The key mask of some tokens."""
-        return None if self.context.key_mask is None else self.context.key_mask[:, where]
-
-
-class FeaturePair(NamedTuple):
-    """Features of query and key, and the rotated ones that take their place in the numerator."""
-
-    query: Features
-    key: Features
-    rotated: tuple[Tensor, Tensor] | None = None
-
-    def at(self, queries: slice, keys: slice) -> FeaturePair:
-        """Those of some tokens."""
-        rotated = None if self.rotated is None else (self.rotated[0][:, :, queries], self.rotated[1][:, :, keys])
-        return FeaturePair(_at(self.query, queries), _at(self.key, keys), rotated)
-
-
-def _at(features: Features, where: slice) -> Features:
-    each = features.log_scale.dim() > 2 and features.log_scale.shape[2] == features.values.shape[2]
-    return Features(features.values[:, :, where], features.log_scale[:, :, where] if each else features.log_scale)
-
-
-def in_order(text: Tensor, image: Tensor, layout: Layout) -> Tensor:
-    """Text and image tokens, [batch, heads, tokens, channels], one after another as the layout says."""
-    return torch.cat([text, image] if layout.text_first else [image, text], dim=2)
-
-
-def rotate_pair(query: Features, key: Features, context: MixerContext, num_parts: int) -> FeaturePair:
-    """Features with RoPE after the map; each part rotates as the positions say, at its own width."""
-    angles = context.angles(context.positions, query.values.shape[-1] // num_parts)
-    rotated = tuple(rotate_features(features.values, angles, num_parts) for features in (query, key))
-    return FeaturePair(query, key, (rotated[0], rotated[1]))
 
 
 class JointMixer(Mixer):
@@ -156,6 +36,13 @@ class JointMixer(Mixer):
     A subclass gives features of all tokens (`features`) and may say how image tokens mix (`mix_images`,
     `dense_images`).
 
+    Args:
+        shape: Sizes of the layer.
+        name: The mixer's name, for messages.
+        text: "exact" or "state".
+        log_mean_product: Logarithm of the mean product of two features, for independent unit normals.
+        is_joined: Whether the linear branch has a `log_scale`; by default with exact text alone.
+
     Attributes:
         has_normaliser: Whether weights are divided by their sum; only text="state" can do without.
         keeps_largest: Whether the softmax part keeps each query's largest score, which takes memory for all scores.
@@ -165,11 +52,11 @@ class JointMixer(Mixer):
     keeps_largest: bool = False
 
     def __init__(
-        self, shape: AttentionShape, name: str, *, text: str, log_mean_product: float, has_window: bool = False
+        self, shape: AttentionShape, name: str, *, text: str, log_mean_product: float, is_joined: bool | None = None
     ) -> None:
         super().__init__(shape)
         check_choice(name, "text", text, TEXT)
-        self.text, self.has_log_scale = text, text == "exact" or has_window
+        self.text, self.has_log_scale = text, text == "exact" if is_joined is None else is_joined
         if self.has_log_scale:
             # An average key weighs as much as under softmax: for unit normal vectors the mean of exp(qk / sqrt(d)) is
             # near exp(1/2). Calibration does better.

@@ -5,22 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.layout import Layout
-from linearize.mixers._joint import FeaturePair, JointMixer, Tokens
+from linearize.mixers._joint import JointMixer
+from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.mixers.base import MixerContext
-from linearize.ops.linear_attention import (
-    LinearPart,
-    dense_linear_weights,
-    exact_text_flops,
-    linear_attention_flops,
-    mask_keys,
-)
+from linearize.ops.linear_attention import LinearPart, dense_linear_weights, mask_keys
 
 
 class KernelMixer(JointMixer):
     """Base of mixers whose image tokens see image tokens with weights c(i, j) phi(q_i)^T phi(k_j) at linear cost.
 
-    Text is as in `JointMixer`; pairs with text have c = 1.
+    Text is as in `JointMixer`; pairs with text have c = 1, and so have all by default.
     """
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
@@ -32,11 +26,11 @@ class KernelMixer(JointMixer):
             value: [batch, heads, image tokens, channels].
             context: As `forward` got it.
         """
-        raise NotImplementedError
+        return query @ (key.transpose(-1, -2) @ value)
 
     def dense_factor(self, context: MixerContext, like: Tensor) -> Tensor:
         """c(i, j), to be broadcast to [batch, heads, image tokens, image tokens], in the type of `like`."""
-        raise NotImplementedError
+        return like.new_ones(())
 
     def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
         """See `JointMixer.mix_images`."""
@@ -54,12 +48,3 @@ class KernelMixer(JointMixer):
         weights, mass = dense_linear_weights(pair.query, pair.key, pair.rotated)
         factor = self.dense_factor(tokens.context, mass)
         return weights * factor, mass * factor
-
-
-def text_flops(text: str, layout: Layout, num_features: int, head_dim: int) -> int:
-    """Operations in one head that text costs: exact pairs, or a state of text and text queries on all tokens."""
-    if text == "exact":
-        return exact_text_flops(layout, head_dim)
-    num_text = layout.num_text_tokens
-    of_text = linear_attention_flops(num_text, layout.num_tokens, num_features, head_dim)
-    return of_text + linear_attention_flops(layout.num_image_tokens, num_text, num_features, head_dim)

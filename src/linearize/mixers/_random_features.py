@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
-from linearize.mixers._joint import FeaturePair, Tokens, check_number
+from linearize.mixers._arguments import check_number
 from linearize.mixers._kernel import KernelMixer
+from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.mixers.base import AttentionShape
 from linearize.ops.random_features import draw_projection, positive_features
 

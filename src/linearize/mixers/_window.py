@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.mixers._joint import Tokens, check_choice, check_number
+from linearize.mixers._arguments import check_choice, check_number
+from linearize.mixers._tokens import Tokens
 from linearize.ops.disc import coordinates
 from linearize.ops.local_attention import local_attention
 
@@ -20,6 +21,11 @@ def check_window(mixer: str, window: int, branches: str) -> None:
     """
     check_number(mixer, "window", window, 1)
     check_choice(mixer, "branches", branches, BRANCHES)
+
+
+def has_log_scale(branches: str, text: str) -> bool:
+    """Whether linear attention is joined to softmax: that of the window, or alone to that of exact text."""
+    return branches == "both" or (branches == "linear" and text == "exact")
 
 
 def window_attention(tokens: Tokens, window: int, backend: str = "auto") -> Tensor:

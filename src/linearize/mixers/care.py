@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
+from linearize.mixers._arguments import VARIANTS, check_choice, check_number
 from linearize.mixers._fitted import FittedMixer, flat
-from linearize.mixers._joint import Tokens, check_choice, check_number, in_order
+from linearize.mixers._tokens import Tokens, in_order
 from linearize.mixers.base import AttentionShape
 from linearize.ops.depthwise import depthwise_flops, depthwise_images
 from linearize.ops.feature_maps import Features, elu_plus_one
@@ -53,7 +54,7 @@ class CareMixer(FittedMixer):
 
     def __init__(self, shape: AttentionShape, *, reduction: int = 4, text: str = "exact", variant: str = "dit") -> None:
         check_number("care", "reduction", reduction, 1)
-        check_choice("care", "variant", variant, ("dit", "paper"))
+        check_choice("care", "variant", variant, VARIANTS)
         is_paper = variant == "paper"
         heads, each = (1, shape.hidden_size) if is_paper else (shape.num_heads, shape.head_dim)
         if each < 4:

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._gated import DIRECTIONS, GATES, GatedMixer, LogGates
-from linearize.mixers._joint import ROPE, FeaturePair, Tokens, check_choice, check_number, rotate_pair
+from linearize.mixers._arguments import ROPE, VARIANTS, check_choice, check_number
+from linearize.mixers._gated import DIRECTIONS, GATES, GatedMixer, LogGates, both_ways
+from linearize.mixers._tokens import FeaturePair, Tokens, map_pair
 from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import Features, build_feature_map
 
@@ -61,7 +62,7 @@ class GlaMixer(GatedMixer):
         check_choice("gla", "rope", rope, ROPE)
         check_choice("gla", "gate", gate, GATES)
         check_choice("gla", "directions", directions, tuple(DIRECTIONS))
-        check_choice("gla", "variant", variant, ("dit", "paper"))
+        check_choice("gla", "variant", variant, VARIANTS)
         check_number("gla", "rank", rank, 0)
         maps = [build_feature_map(feature_map, shape.num_heads, shape.head_dim) for _ in range(2)]
         is_paper = variant == "paper"
@@ -78,22 +79,16 @@ class GlaMixer(GatedMixer):
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
-        query, key, context = tokens.query, tokens.key, tokens.context
-        if self.rope == "before_map":
-            query, key = tokens.rotated
-        if not self.has_normaliser:
-            zero = query.new_zeros(())
-            pair, num_parts = FeaturePair(Features(query * context.scale, zero), Features(key, zero)), 1
-        else:
-            mapped = self.query_map(query, is_key=False)
-            pair = FeaturePair(mapped, self.key_map(key, is_key=True, key_mask=context.key_mask))
-            num_parts = self.query_map.num_parts
-        return rotate_pair(pair.query, pair.key, context, num_parts) if self.rope == "after_map" else pair
+        if self.has_normaliser:
+            return map_pair(tokens, self.rope, self.query_map, self.key_map)
+        # The identity for a map may as well be rotated before it.
+        query, key = (tokens.query, tokens.key) if self.rope == "none" else tokens.rotated
+        zero = query.new_zeros(())
+        return FeaturePair(Features(query * tokens.context.scale, zero), Features(key, zero))
 
-    def log_gates(self, pair: FeaturePair, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
+    def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """See `GatedMixer.log_gates`."""
-        gates = self.gates(tokens.hidden_states[:, tokens.image])
-        return list(zip(gates[::2], gates[1::2], strict=True))
+        return both_ways(self.gates(tokens.hidden_states[:, tokens.image]))
 
     def finish(self, output: Tensor, tokens: Tokens) -> Tensor:
         """See `JointMixer.finish`: the published norm and output gate."""

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
+from linearize.mixers._arguments import VARIANTS, check_choice
 from linearize.mixers._fitted import FittedMixer, flat
 from linearize.mixers._group_scans import GROUPS, GroupScans
-from linearize.mixers._joint import Tokens, check_choice
+from linearize.mixers._tokens import Tokens
 from linearize.mixers.base import AttentionShape
 
 # Where SiLU is 1.
@@ -53,7 +54,7 @@ class GroupmambaMixer(FittedMixer):
     """
 
     def __init__(self, shape: AttentionShape, *, text: str = "exact", variant: str = "dit") -> None:
-        check_choice("groupmamba", "variant", variant, ("dit", "paper"))
+        check_choice("groupmamba", "variant", variant, VARIANTS)
         is_paper = variant == "paper"
         width = shape.hidden_size if is_paper else shape.num_heads * shape.head_dim
         if width % GROUPS:

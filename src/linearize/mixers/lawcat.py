@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers._gated import DIRECTIONS, GatedMixer, LogGates
-from linearize.mixers._joint import ROPE, FeaturePair, Tokens, check_choice, check_number, in_order, rotate_pair
-from linearize.mixers._window import check_window, inside_window, window_attention
-from linearize.mixers.base import AttentionShape, MixerContext
+from linearize.mixers._arguments import ROPE, check_choice, check_number
+from linearize.mixers._gated import DIRECTIONS, GatedMixer, LogGates, both_ways
+from linearize.mixers._tokens import FeaturePair, Tokens, in_order, rotate_pair
+from linearize.mixers._window import check_window, has_log_scale, inside_window, window_attention
+from linearize.mixers.base import AttentionShape
 from linearize.ops.depthwise import depthwise_flops, depthwise_images
 from linearize.ops.feature_maps import HedgehogMap
 from linearize.ops.linear_attention import LinearPart, SoftmaxPart, exact_text_flops, merge
@@ -79,13 +80,11 @@ class LawcatMixer(GatedMixer):
             "lawcat",
             text="exact" if branches == "window" else text,
             log_mean_product=feature_map.log_mean_product,
-            has_window=branches == "both",
+            is_joined=has_log_scale(branches, text),
         )
         self.window, self.branches, self.rope = window, branches, rope
         self.convolution, self.directions = convolution, DIRECTIONS[directions]
         if branches == "window":
-            self.has_log_scale = False
-            del self.log_scale
             return
         self.map = feature_map
         self.gates = LogGates(
@@ -105,10 +104,9 @@ class LawcatMixer(GatedMixer):
         pair = FeaturePair(self.map(query, is_key=False), self.map(key, is_key=True))
         return rotate_pair(*pair[:2], tokens.context, self.map.num_parts) if self.rope == "after_map" else pair
 
-    def log_gates(self, pair: FeaturePair, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
+    def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """See `GatedMixer.log_gates`."""
-        gates = self.gates(tokens.hidden_states[:, tokens.image])
-        return list(zip(gates[::2], gates[1::2], strict=True))
+        return both_ways(self.gates(tokens.hidden_states[:, tokens.image]))
 
     def image_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:
         """See `JointMixer.image_parts`."""
@@ -145,11 +143,6 @@ class LawcatMixer(GatedMixer):
         if self.branches == "window":
             return window_attention(tokens, self.window, "naive")
         return super().dense_mix(tokens)
-
-    def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
-        """See `JointMixer.calibrate`."""
-        if self.branches != "window":
-            super().calibrate(query, key, value, context)
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """The window's pairs, scans, gates, W, convolutions and text."""

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
+from linearize.mixers._arguments import ROPE, VARIANTS, check_choice
 from linearize.mixers._convex import ConvexMixer
 from linearize.mixers._gated import DIRECTIONS, OPEN, TEMPERATURE
-from linearize.mixers._joint import ROPE, FeaturePair, Tokens, check_choice, rotate_pair
+from linearize.mixers._tokens import FeaturePair, Tokens, map_pair
 from linearize.mixers._window import check_window
 from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import build_feature_map
@@ -63,28 +64,27 @@ class LigerMixer(ConvexMixer):
         check_window("liger", window, branches)
         check_choice("liger", "rope", rope, ROPE)
         check_choice("liger", "directions", directions, tuple(DIRECTIONS))
-        check_choice("liger", "variant", variant, ("dit", "paper"))
+        check_choice("liger", "variant", variant, VARIANTS)
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise LinearizeError(f"mixer 'liger' got share={share!r}; choose a number from 0 to 1")
         feature_map = build_feature_map("softmax", shape.num_heads, shape.head_dim)
         is_paper = variant == "paper"
         super().__init__(
-            shape, "liger", text="state" if is_paper else text, log_mean_product=feature_map.log_mean_product
+            shape,
+            "liger",
+            text="state" if is_paper else text,
+            log_mean_product=feature_map.log_mean_product,
+            is_joined=not is_paper and text == "exact" and branches != "window",
         )
-        if branches == "window" and self.has_log_scale:
-            self.has_log_scale = False
-            del self.log_scale
         self.window, self.branches, self.share, self.rope = window, branches, share, rope
         self.directions, self.has_normaliser = DIRECTIONS[directions], not is_paper
         self.map, self.bias = feature_map, 0.0 if is_paper else OPEN
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
-        query, key = tokens.rotated if self.rope == "before_map" else (tokens.query, tokens.key)
-        pair = FeaturePair(self.map(query, is_key=False), self.map(key, is_key=True))
-        return rotate_pair(*pair[:2], tokens.context, 1) if self.rope == "after_map" else pair
+        return map_pair(tokens, self.rope, self.map, self.map)
 
-    def log_gates(self, pair: FeaturePair, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
+    def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """See `GatedMixer.log_gates`."""
         gate = F.logsigmoid(tokens.key[:, :, tokens.image] + self.bias) / TEMPERATURE
         return [(gate, None) for _ in self.directions]

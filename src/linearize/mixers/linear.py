@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers._joint import ROPE, FeaturePair, JointMixer, Tokens, check_choice, check_number, rotate_pair
+from linearize.mixers._arguments import ROPE, check_choice, check_number
+from linearize.mixers._joint import JointMixer
+from linearize.mixers._tokens import FeaturePair, Tokens, rotate_pair
 from linearize.mixers.base import AttentionShape
 from linearize.ops.depthwise import depthwise_flops, depthwise_images
 from linearize.ops.feature_maps import Features, build_feature_map, swap_signs

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from linearize.layout import Layout
+from linearize.mixers._arguments import ROPE, VARIANTS, check_choice, check_number
 from linearize.mixers._convex import ConvexMixer
-from linearize.mixers._gated import DIRECTIONS, LogGates
-from linearize.mixers._joint import ROPE, FeaturePair, Tokens, check_choice, check_number, in_order, rotate_pair
+from linearize.mixers._gated import DIRECTIONS, LogGates, both_ways
+from linearize.mixers._tokens import FeaturePair, Tokens, in_order, map_pair
 from linearize.mixers._window import check_window, inside_window
 from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import ExponentialMap
@@ -75,9 +76,10 @@ class LizardMixer(ConvexMixer):
         check_number("lizard", "width", width, 0)
         check_choice("lizard", "rope", rope, ROPE)
         check_choice("lizard", "directions", directions, tuple(DIRECTIONS))
-        check_choice("lizard", "variant", variant, ("dit", "paper"))
+        check_choice("lizard", "variant", variant, VARIANTS)
         maps = [ExponentialMap(shape.num_heads, shape.head_dim, width=width or shape.head_dim) for _ in range(2)]
-        super().__init__(shape, "lizard", text=text, log_mean_product=maps[0].log_mean_product)
+        is_joined = text == "exact" and branches != "window"
+        super().__init__(shape, "lizard", text=text, log_mean_product=maps[0].log_mean_product, is_joined=is_joined)
         self.window, self.branches, self.num_meta, self.rope = window, branches, num_meta, rope
         self.directions, self.is_paper = DIRECTIONS[directions], variant == "paper"
         if branches != "window":
@@ -86,9 +88,6 @@ class LizardMixer(ConvexMixer):
             self.gates = LogGates(
                 shape.hidden_size, 2 * len(self.directions), heads, 1, rank=0, bias=OPEN, temperature=1.0
             )
-        elif self.has_log_scale:
-            self.has_log_scale = False
-            del self.log_scale
         if branches != "linear" and num_meta:
             self.meta = nn.Parameter(torch.full((shape.num_heads, num_meta), META))
         if branches == "both":
@@ -96,17 +95,14 @@ class LizardMixer(ConvexMixer):
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
-        query, key = tokens.rotated if self.rope == "before_map" else (tokens.query, tokens.key)
-        keys = self.key_map(key, is_key=True, key_mask=tokens.context.key_mask)
-        pair = FeaturePair(self.query_map(query, is_key=False), keys)
-        return rotate_pair(*pair[:2], tokens.context, 2) if self.rope == "after_map" else pair
+        return map_pair(tokens, self.rope, self.query_map, self.key_map)
 
-    def log_gates(self, pair: FeaturePair, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
+    def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """See `GatedMixer.log_gates`."""
         gates = [
             gate.expand(-1, self.shape.num_heads, -1, -1) for gate in self.gates(tokens.hidden_states[:, tokens.image])
         ]
-        return list(zip(gates[::2], gates[1::2], strict=True))
+        return both_ways(gates)
 
     def combine(self, linear: Tensor, window: Tensor) -> Tensor:
         """See `ConvexMixer.combine`."""

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._joint import FeaturePair, JointMixer, Tokens, check_choice, check_number
-from linearize.mixers._window import check_window, inside_window, window_attention
-from linearize.mixers.base import AttentionShape, MixerContext
+from linearize.mixers._arguments import VARIANTS, check_choice, check_number
+from linearize.mixers._joint import JointMixer
+from linearize.mixers._tokens import FeaturePair, Tokens, map_pair
+from linearize.mixers._window import check_window, has_log_scale, inside_window, window_attention
+from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import HedgehogMap
 from linearize.ops.linear_attention import (
     LinearPart,
@@ -72,7 +74,7 @@ class LolcatsMixer(JointMixer):
     ) -> None:
         check_window("lolcats", window, branches)
         check_choice("lolcats", "rope", rope, ("before_map", "none"))
-        check_choice("lolcats", "variant", variant, ("dit", "paper"))
+        check_choice("lolcats", "variant", variant, VARIANTS)
         check_number("lolcats", "width", width, 0)
         width = width or shape.head_dim // 2
         maps = [HedgehogMap(shape.num_heads, shape.head_dim, width=width) for _ in range(2)]
@@ -82,11 +84,8 @@ class LolcatsMixer(JointMixer):
             "lolcats",
             text="exact" if branches == "window" else text,
             log_mean_product=maps[0].log_mean_product,
-            has_window=branches == "both",
+            is_joined=not is_paper and has_log_scale(branches, text),
         )
-        if is_paper or branches == "window":
-            self.has_log_scale = False
-            del self.log_scale
         self.window, self.branches, self.rope = window, branches, rope
         if branches != "window":
             self.query_map, self.key_map = maps
@@ -96,8 +95,7 @@ class LolcatsMixer(JointMixer):
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
-        query, key = tokens.rotated if self.rope == "before_map" else (tokens.query, tokens.key)
-        return FeaturePair(self.query_map(query, is_key=False), self.key_map(key, is_key=True))
+        return map_pair(tokens, self.rope, self.query_map, self.key_map)
 
     def mix(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.mix`."""
@@ -108,11 +106,6 @@ class LolcatsMixer(JointMixer):
         return (
             window_attention(tokens, self.window, "naive") if self.branches == "window" else super().dense_mix(tokens)
         )
-
-    def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
-        """See `JointMixer.calibrate`."""
-        if self.branches != "window":
-            super().calibrate(query, key, value, context)
 
     def image_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:
         """See `JointMixer.image_parts`."""

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._joint import ROPE, FeaturePair, Tokens, check_choice, check_number, rotate_pair
-from linearize.mixers._kernel import KernelMixer, text_flops
+from linearize.mixers._arguments import ROPE, VARIANTS, check_choice, check_number
+from linearize.mixers._kernel import KernelMixer
+from linearize.mixers._tokens import FeaturePair, Tokens, map_pair
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.block_states import even_blocks, mix_block_states
 from linearize.ops.feature_maps import build_feature_map
@@ -59,7 +60,7 @@ class MhlaMixer(KernelMixer):
         shared_mix: bool = False,
         variant: str = "dit",
     ) -> None:
-        check_choice("mhla", "variant", variant, ("dit", "paper"))
+        check_choice("mhla", "variant", variant, VARIANTS)
         check_number("mhla", "blocks_per_side", blocks_per_side, 1)
         check_choice("mhla", "rope", rope, ROPE)
         feature_module = build_feature_map(feature_map, shape.num_heads, shape.head_dim)
@@ -79,12 +80,7 @@ class MhlaMixer(KernelMixer):
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
-        query, key = tokens.rotated if self.rope == "before_map" else (tokens.query, tokens.key)
-        context = tokens.context
-        mapped = (self.map(query, is_key=False), self.map(key, is_key=True, key_mask=context.key_mask))
-        if self.rope == "after_map":
-            return rotate_pair(*mapped, context, self.map.num_parts)
-        return FeaturePair(*mapped)
+        return map_pair(tokens, self.rope, self.map, self.map)
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `KernelMixer.weigh`."""
@@ -111,7 +107,7 @@ class MhlaMixer(KernelMixer):
         num_features, head_dim = self.map.num_features, self.shape.head_dim
         tokens, states = layout.num_image_tokens, self.blocks_per_side**4
         each = linear_attention_flops(tokens, tokens, num_features, head_dim)
-        each += 2 * states * num_features * (head_dim + 1) + text_flops(self.text, layout, num_features, head_dim)
+        each += 2 * states * num_features * (head_dim + 1) + self.text_flops(layout, num_features)
         return batch * self.shape.num_heads * each
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._joint import check_choice, check_number
-from linearize.mixers._kernel import text_flops
+from linearize.mixers._arguments import VARIANTS, check_choice, check_number
 from linearize.mixers._random_features import RandomFeatureMixer
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.offset_bias import canvas, fourier_flops, offset_tables, weigh_by_offset
@@ -66,7 +65,7 @@ class NprfMixer(RandomFeatureMixer):
     ) -> None:
         check_number("nprf", "bias_width", bias_width, 1)
         check_number("nprf", "bias_reach", bias_reach, 1)
-        check_choice("nprf", "variant", variant, ("dit", "paper"))
+        check_choice("nprf", "variant", variant, VARIANTS)
         is_paper = variant == "paper"
         super().__init__(
             shape,
@@ -112,4 +111,4 @@ class NprfMixer(RandomFeatureMixer):
         mapped = tokens if self.text == "exact" else layout.num_tokens
         each = 4 * mapped * self.num_features * head_dim
         each += self.num_features * (head_dim + 1) * (fourier_flops(*canvas(layout)) + 3 * tokens)
-        return batch * self.shape.num_heads * (each + text_flops(self.text, layout, self.num_features, head_dim))
+        return batch * self.shape.num_heads * (each + self.text_flops(layout, self.num_features))

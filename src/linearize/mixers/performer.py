@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from linearize.layout import Layout
-from linearize.mixers._joint import check_choice
-from linearize.mixers._kernel import text_flops
+from linearize.mixers._arguments import VARIANTS, check_choice
 from linearize.mixers._random_features import RandomFeatureMixer
-from linearize.mixers.base import AttentionShape, MixerContext
+from linearize.mixers.base import AttentionShape
 from linearize.ops.linear_attention import linear_attention_flops
 
 
@@ -50,19 +46,11 @@ class PerformerMixer(RandomFeatureMixer):
         variant: str = "dit",
         text: str = "exact",
     ) -> None:
-        check_choice("performer", "variant", variant, ("dit", "paper"))
+        check_choice("performer", "variant", variant, VARIANTS)
         lengths = "learned" if variant == "dit" else "given"
         super().__init__(
             shape, "performer", num_features=num_features, temperature=temperature, lengths=lengths, text=text
         )
-
-    def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
-        """See `KernelMixer.weigh`: one state for all."""
-        return torch.matmul(query, torch.matmul(key.transpose(-1, -2), value))
-
-    def dense_factor(self, context: MixerContext, like: Tensor) -> Tensor:
-        """See `KernelMixer.dense_factor`: 1."""
-        return like.new_ones(())
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """Features of all tokens that have them, linear attention, and text."""
@@ -70,4 +58,4 @@ class PerformerMixer(RandomFeatureMixer):
         mapped = tokens if self.text == "exact" else layout.num_tokens
         each = 4 * mapped * self.num_features * head_dim
         each += linear_attention_flops(tokens, tokens, self.num_features, head_dim)
-        return batch * self.shape.num_heads * (each + text_flops(self.text, layout, self.num_features, head_dim))
+        return batch * self.shape.num_heads * (each + self.text_flops(layout, self.num_features))

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._gated import DIRECTIONS, GATES, GatedMixer, LogGates
-from linearize.mixers._joint import FeaturePair, Tokens, check_choice, check_number
+from linearize.mixers._arguments import VARIANTS, check_choice, check_number
+from linearize.mixers._gated import DIRECTIONS, GATES, GatedMixer, LogGates, both_ways
+from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.feature_maps import Features, safe_exponential
 
@@ -65,7 +66,7 @@ class ReglaMixer(GatedMixer):
         check_choice("regla", "rope", rope, ("before_map", "none"))
         check_choice("regla", "gate", gate, GATES)
         check_choice("regla", "directions", directions, tuple(DIRECTIONS))
-        check_choice("regla", "variant", variant, ("dit", "paper"))
+        check_choice("regla", "variant", variant, VARIANTS)
         check_number("regla", "rank", rank, 0)
         is_paper = variant == "paper"
         log_mean = math.log(shape.head_dim) + 1
@@ -91,12 +92,11 @@ class ReglaMixer(GatedMixer):
             mapped, keys = mapped._replace(log_scale=zero), keys._replace(log_scale=zero)
         return FeaturePair(Features(mapped.values, mapped.log_scale - self.log_deviation), keys)
 
-    def log_gates(self, pair: FeaturePair, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
+    def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """See `GatedMixer.log_gates`."""
         states = tokens.hidden_states[:, tokens.image]
         logits = zip(self.gates.logits(states), self.refinement.logits(states), strict=True)
-        refined = [refined_log_gate(*pair) for pair in logits]
-        return list(zip(refined[::2], refined[1::2], strict=True))
+        return both_ways([refined_log_gate(*pair) for pair in logits])
 
     def finish(self, output: Tensor, tokens: Tokens) -> Tensor:
         """See `JointMixer.finish`: the published norm."""

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers._joint import FeaturePair, JointMixer, Tokens, check_choice, check_number
-from linearize.mixers._kernel import text_flops
-from linearize.mixers._window import BRANCHES
-from linearize.mixers.base import AttentionShape, MixerContext
+from linearize.mixers._arguments import VARIANTS, check_choice, check_number
+from linearize.mixers._joint import JointMixer
+from linearize.mixers._tokens import FeaturePair, Tokens, map_pair
+from linearize.mixers._window import BRANCHES, has_log_scale
+from linearize.mixers.base import AttentionShape
 from linearize.ops.block_sparse import block_sparse_softmax, chosen, select_blocks, square_blocks
 from linearize.ops.block_states import Blocks, mix_block_states
 from linearize.ops.feature_maps import build_feature_map
@@ -75,7 +76,7 @@ class SlaMixer(JointMixer):
     ) -> None:
         check_number("sla", "block_size", block_size, 1)
         check_choice("sla", "branches", branches, BRANCHES)
-        check_choice("sla", "variant", variant, ("dit", "paper"))
+        check_choice("sla", "variant", variant, VARIANTS)
         if isinstance(key_ratio, bool) or not isinstance(key_ratio, int | float) or not 0 < key_ratio <= 1:
             raise LinearizeError(f"mixer 'sla' got key_ratio={key_ratio!r}; choose a share above 0 and at most 1")
         for knob, value, only in (("text", text, "exact"), ("branches", branches, "both")):
@@ -87,11 +88,12 @@ class SlaMixer(JointMixer):
         features = build_feature_map(name, shape.num_heads, shape.head_dim)
         text = "exact" if branches == "window" else text
         super().__init__(
-            shape, "sla", text=text, log_mean_product=features.log_mean_product, has_window=branches == "both"
+            shape,
+            "sla",
+            text=text,
+            log_mean_product=features.log_mean_product,
+            is_joined=variant == "dit" and has_log_scale(branches, text),
         )
-        if variant == "paper" or branches == "window":
-            self.has_log_scale = False
-            del self.log_scale
         self.branches = branches
         self.key_ratio, self.block_size, self.variant, self.map = key_ratio, block_size, variant, features
         if variant == "paper":
@@ -101,9 +103,7 @@ class SlaMixer(JointMixer):
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
-        query, key = tokens.rotated
-        mapped_key = self.map(key, is_key=True, key_mask=tokens.context.key_mask)
-        return FeaturePair(self.map(query, is_key=False), mapped_key)
+        return map_pair(tokens, "before_map", self.map, self.map)
 
     def exact_part(self, tokens: Tokens) -> SoftmaxPart | None:
         """See `JointMixer.exact_part`: text, if it is exact, and the selected blocks."""
@@ -179,11 +179,6 @@ class SlaMixer(JointMixer):
         is_image[:, :, tokens.image] = 1
         return torch.matmul(softmax, tokens.value) + is_image * self._project(linear)
 
-    def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
-        """See `JointMixer.calibrate`; without `log_scale` there is nothing to calibrate."""
-        if self.has_log_scale:
-            super().calibrate(query, key, value, context)
-
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """Pairs of selected blocks, block scores and sums of block states, which are quadratic, and the rest."""
         tokens, head_dim, num_features = layout.num_image_tokens, self.shape.head_dim, self.map.num_features
@@ -194,7 +189,7 @@ class SlaMixer(JointMixer):
             each += 2 * num_blocks**2 * num_features * (head_dim + 1)
         if self.branches != "window":
             each += linear_attention_flops(tokens, tokens, num_features, head_dim)
-        each += text_flops(self.text, layout, num_features, head_dim)
+        each += self.text_flops(layout, num_features)
         if self.variant == "paper":
             each += 2 * tokens * head_dim**2
         return batch * self.shape.num_heads * each

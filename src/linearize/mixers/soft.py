@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers._joint import FeaturePair, JointMixer, Tokens, check_choice, check_number
+from linearize.mixers._arguments import VARIANTS, check_choice, check_number
+from linearize.mixers._joint import JointMixer
+from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import Features
 from linearize.ops.gaussian_kernel import cell_landmarks, gaussian_kernel, landmark_index
@@ -71,7 +73,7 @@ class SoftMixer(JointMixer):
     ) -> None:
         check_number("soft", "landmarks_per_side", landmarks_per_side, 1)
         check_choice("soft", "normalization", normalization, ("symmetric", "none"))
-        check_choice("soft", "variant", variant, ("dit", "paper"))
+        check_choice("soft", "variant", variant, VARIANTS)
         if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature > 0:
             raise LinearizeError(
                 f"mixer 'soft' got temperature={temperature!r}; choose a number above 0, at most about 1"

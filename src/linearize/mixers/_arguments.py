@@ -1,0 +1,29 @@
+"""Arguments that several mixers take, and how a wrong one is told."""
+
+from __future__ import annotations
+
+from linearize.errors import LinearizeError
+
+TEXT = ("exact", "state")
+ROPE = ("before_map", "after_map", "none")
+VARIANTS = ("dit", "paper")
+
+
+def check_choice(mixer: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Checks an argument that has a few values.
+
+    Raises:
+        LinearizeError: It is none of them.
+    """
+    if value not in choices:
+        raise LinearizeError(f"mixer {mixer!r} got {name}={value!r}; choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_number(mixer: str, name: str, value: object, least: int) -> None:
+    """Checks an argument that counts something.
+
+    Raises:
+        LinearizeError: It is no whole number, or below the least.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise LinearizeError(f"mixer {mixer!r} got {name}={value!r}; choose a whole number, {least} or more")
