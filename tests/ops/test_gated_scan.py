@@ -102,14 +102,14 @@ def test_groups_of_heads_and_recomputation_make_no_difference(gate_width, monkey
 @given(num_chunks=st.integers(1, 3 * chunked_scan.GROUP**2), width=st.sampled_from([1, 3]))
 def test_states_are_carried_on_both_ways(num_chunks, width):
     torch.manual_seed(0)
-    added = torch.randn(1, 2, 2, num_chunks, 3, 2, dtype=torch.float64)
-    kept = F.logsigmoid(torch.randn(1, 2, 2, num_chunks, width, dtype=torch.float64))
-    states = carry_states(added, kept)
-    for way, chunks in ((0, range(num_chunks)), (1, range(num_chunks - 1, -1, -1))):
-        state = torch.zeros_like(added[:, :, 0, 0])
+    added = torch.randn(1, 2, num_chunks, 3, 2, dtype=torch.float64)
+    kept = F.logsigmoid(torch.randn(1, 2, num_chunks, width, dtype=torch.float64))
+    for reverse, chunks in ((False, range(num_chunks)), (True, range(num_chunks - 1, -1, -1))):
+        states = carry_states(added, kept, reverse=reverse)
+        state = torch.zeros_like(added[:, :, 0])
         for chunk in chunks:
-            torch.testing.assert_close(states[:, :, way, chunk], state)
-            state = state * kept[:, :, way, chunk, :, None].exp() + added[:, :, way, chunk]
+            torch.testing.assert_close(states[:, :, chunk], state)
+            state = state * kept[:, :, chunk, :, None].exp() + added[:, :, chunk]
 
 
 class Calls(TorchDispatchMode):
@@ -124,15 +124,17 @@ class Calls(TorchDispatchMode):
         return call(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("gate_width", "most"), [(1, 110), (WIDTH, 240)])
-def test_calls_grow_with_the_logarithm_of_the_tokens(gate_width, most):
+@pytest.mark.parametrize(("gate_width", "most"), [(1, 150), (WIDTH, 280)])
+def test_calls_grow_with_the_logarithm_of_the_tokens(gate_width, most, monkeypatch):
+    monkeypatch.setattr(chunked_scan, "NUMBERS_TO_KEEP", 2**40)
     counts = []
     for power in (1, 2, 3):
         tensors = [tensor.to("meta") for tensor in inputs(CHUNK * chunked_scan.GROUP**power, gate_width)]
         with torch.no_grad(), Calls() as calls:
             chunked(*tensors)
         counts.append(calls.count)
-    assert counts[2] - counts[1] == counts[1] - counts[0]
+    # Sixteen times the tokens are one more level.
+    assert max(counts[2] - counts[1], counts[1] - counts[0]) < 50
     assert counts[2] <= most
 
 

@@ -12,8 +12,10 @@ from linearize.ops.linear_attention import (
     join,
     linear_attention,
     softmax_part,
+    state_of,
     with_text_queries,
 )
+from linearize.ops.products import wide_matmul
 from linearize.ops.rotary import rotate_features
 
 LAYOUT = Layout(5, (Grid(3, 7),))
@@ -114,3 +116,44 @@ def test_text_sees_everything_by_softmax(tokens, masked):
     expected = dense_attention(query, key, value, scale=0.3, key_mask=mask)
     torch.testing.assert_close(output[:, :, LAYOUT.text_slice], expected[:, :, LAYOUT.text_slice])
     assert (output[:, :, LAYOUT.image_slice] == 0).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4096, 9001])
+def test_states_of_many_tokens_are_summed_in_pieces(num_tokens):
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 1, 2, num_tokens, 3, dtype=torch.float64)
+    torch.testing.assert_close(state_of(key, value), key.transpose(-1, -2) @ value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("after_map", [False, True])
+def test_bf16_on_a_gpu_is_the_float64_form_up_to_rounding(after_map):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 9001, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    ours = [states.requires_grad_() for states in (query.abs(), key.abs(), value)]
+    exact = [states.detach().cpu().double().requires_grad_() for states in ours]
+    results = []
+    for query, key, value in (ours, exact):
+        zero = torch.zeros((), device=query.device)
+        rotated = (query.flip(-1), key.flip(-1)) if after_map else None
+        output = join(None, linear_attention(Features(query, zero), Features(key, zero), value, rotated=rotated))
+        results.append([output, *torch.autograd.grad((output.double() * 30).sin().sum(), (query, key, value))])
+    assert results[0][0].dtype == torch.bfloat16
+    for one, other in zip(*results, strict=True):
+        assert (one.cpu().double() - other).norm() < 3e-2 * other.norm()
+
+
+@pytest.mark.gpu
+def test_products_of_bf16_on_a_gpu_are_not_rounded_and_have_gradients():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 3, 70, 40, device="cuda"), torch.randn(2, 3, 40, 50, device="cuda")
+    leaves = [states.bfloat16().requires_grad_() for states in (first, second)]
+    exact = [states.detach().double().requires_grad_() for states in leaves]
+    product, expected = wide_matmul(*leaves), exact[0] @ exact[1]
+    assert product.dtype == torch.float32
+    assert (product - expected).norm() < 1e-6 * expected.norm()
+    gradients = (
+        torch.autograd.grad(found.sin().sum(), states) for found, states in ((product, leaves), (expected, exact))
+    )
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() < 1e-2 * other.norm()

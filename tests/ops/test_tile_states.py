@@ -8,7 +8,7 @@ from linearize.ops import tile_states
 from linearize.ops.dense_attention import dense_attention
 from linearize.ops.disc import coordinates
 from linearize.ops.linear_attention import LinearPart, dense_join, join
-from linearize.ops.tile_states import SIDE, tile_tables, window_flops, window_with_complement
+from linearize.ops.tile_states import SIDE, states_of_far_tiles, tile_tables, window_flops, window_with_complement
 
 
 def tokens(layout, dtype=torch.float64):
@@ -107,3 +107,36 @@ def test_every_token_has_one_place_and_far_tiles_are_no_neighbours():
 def test_operations_grow_linearly_with_the_picture(num_features):
     counts = [window_flops(Layout(0, (Grid(side, 64),)), 8, 64, num_features) for side in (64, 128, 192)]
     assert counts[2] - counts[1] == counts[1] - counts[0] > 0
+
+
+@pytest.mark.parametrize("window", [3, 9, 40])
+def test_states_of_far_tiles_are_those_of_all_tiles_that_are_not_near(window):
+    layout = Layout(0, (Grid(30, 41), Grid(9, 70)))
+    tables = tile_tables(layout, window, torch.device("cpu"))
+    num_tiles = len(tables.near)
+    states = torch.rand(2, 1, num_tiles, 3, 2, dtype=torch.float64)
+    is_far = torch.ones(num_tiles, num_tiles + 1, dtype=torch.float64).scatter_(1, tables.near, 0.0)[:, :num_tiles]
+    expected = torch.einsum("qk,bhkfc->bhqfc", is_far, states)
+    torch.testing.assert_close(states_of_far_tiles(states, tables), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_on_a_gpu_it_is_the_float64_form_up_to_rounding(dtype, tolerance, masked):
+    layout = Layout(0, (Grid(40, 56),), tile=TILE)
+    drawn = [states.detach().abs() for states in tokens(layout)]
+    ours = [states.to("cuda", dtype).requires_grad_() for states in drawn]
+    exact = [states.detach().cpu().double().requires_grad_() for states in ours]
+    key_mask = (torch.arange(layout.num_image_tokens) % 5 > 0).expand(2, -1) if masked else None
+    results = []
+    for leaves in (ours, exact):
+        query, key, value, *features = leaves
+        mask = None if key_mask is None else key_mask.to(query.device)
+        parts = window_with_complement(
+            query, key, value, tuple(features), layout=layout, window=9, scale=0.4, key_mask=mask
+        )
+        output = join(*parts)
+        results.append([output, *torch.autograd.grad(output.double().square().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert (one.cpu().double() - other).norm() < tolerance * other.norm()

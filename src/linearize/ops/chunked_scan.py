@@ -15,7 +15,7 @@ CHUNK = 128
 GROUP = 16
 # Numbers that a group of heads may have in weights and states; from the second bound on, they are not kept for the
 # gradient but computed again.
-NUMBERS_AT_A_TIME, NUMBERS_TO_KEEP = 2**28, 2**22
+NUMBERS_AT_A_TIME, NUMBERS_TO_KEEP = 2**29, 2**22
 
 
 def chunked(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, backward_gate: Tensor) -> Tensor:
@@ -45,7 +45,10 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, back
     before, after = ahead.cumsum(dim=-2), shifted(behind).cumsum(dim=-2)
     ends = before[..., -1:, :], after[..., -1:, :] + behind[..., -1:, :]
     within = _within_chunks_of_heads if width == 1 else _within_chunks_of_channels
-    output = within(query, key, value, before, after) + _between_chunks(query, key, value, before, after, *ends)
+    output = within(query, key, value, before, after)
+    # Through the states of all earlier and of all later chunks.
+    output = _add_from_states(output, (query, before), (key, ends[0] - before), value, ends[0], reverse=False)
+    output = _add_from_states(output, (query, ends[1] - after), (key, after), value, ends[1], reverse=True)
     return output.flatten(2, 3)[:, :, :num_tokens, :channels]
 
 
@@ -83,63 +86,59 @@ def _within_chunks_of_channels(query: Tensor, key: Tensor, value: Tensor, before
     return output
 
 
-def _between_chunks(
-    query: Tensor, key: Tensor, value: Tensor, before: Tensor, after: Tensor, end_before: Tensor, end_after: Tensor
+def _add_from_states(
+    output: Tensor,
+    reads: tuple[Tensor, Tensor],
+    writes: tuple[Tensor, Tensor],
+    value: Tensor,
+    kept: Tensor,
+    *,
+    reverse: bool,
 ) -> Tensor:
-    """Pairs of different chunks, through the states of all earlier and of all later ones."""
-    reads = torch.cat([_times(query, before), _times(query, end_after - after)], dim=-1)
-    writes = torch.cat([_times(key, end_before - before), _times(key, after)], dim=-1)
-    added = wide_matmul(writes.transpose(-1, -2), value).unflatten(-2, (2, -1))
-    kept = torch.stack([end_before, end_after], dim=2)[..., 0, :]
-    states = carry_states(added.movedim(-3, 2), kept).movedim(2, -3)
-    return reads @ states.flatten(-3, -2).to(query.dtype)
+    """Adds what chunks see of other chunks; queries and keys come with the logarithms of their factors."""
+    keys = writes[0] * writes[1].exp().to(value.dtype)
+    queries = reads[0] * reads[1].exp().to(value.dtype)
+    states = carry_states(wide_matmul(keys.transpose(-1, -2), value), kept[..., 0, :], reverse=reverse)
+    return output + queries @ states.to(value.dtype)
 
 
-def _times(states: Tensor, exponent: Tensor) -> Tensor:
-    return states * exponent.exp().to(states.dtype)
-
-
-def carry_states(added: Tensor, kept: Tensor) -> Tensor:
-    """The state of all earlier chunks, and that of all later ones, at every chunk.
+def carry_states(added: Tensor, kept: Tensor, *, reverse: bool) -> Tensor:
+    """The state of all earlier, or in reverse of all later, chunks at every chunk.
 
     States are carried on by products with small matrices of decays, within groups of chunks, and between groups in
     the same way: as many calls as the logarithm of the chunks.
 
     Args:
-        added: [batch, heads, 2, chunks, num_features, channels], what each chunk adds to either state.
-        kept: [batch, heads, 2, chunks, num_features or 1], logarithm of what is left of a state behind each chunk.
+        added: [batch, heads, chunks, num_features, channels], what each chunk adds to the state.
+        kept: [batch, heads, chunks, num_features or 1], logarithm of what is left of a state behind each chunk.
+        reverse: Whether states pass from the last chunk to the first.
 
     Returns:
         As `added`: at chunk c the sum over c' < c (c' > c) of what c' adds times what the chunks between leave.
     """
     shape, width = added.shape, kept.shape[-1]
-    states = _states(added.flatten(4).unflatten(4, (width, -1)), kept)
-    return states.reshape(shape)
+    return _states(added.flatten(3).unflatten(3, (width, -1)), kept, reverse).reshape(shape)
 
 
-def _states(added: Tensor, kept: Tensor) -> Tensor:
-    """`carry_states` on [batch, heads, 2, chunks, width, numbers] and [batch, heads, 2, chunks, width]."""
-    num_chunks = kept.shape[3]
+def _states(added: Tensor, kept: Tensor, reverse: bool) -> Tensor:
+    """`carry_states` on [batch, heads, chunks, width, numbers] and [batch, heads, chunks, width]."""
+    num_chunks = kept.shape[2]
     size = min(GROUP, num_chunks)
     if missing := -num_chunks % size:
         added, kept = F.pad(added, (0, 0, 0, 0, 0, missing)), F.pad(kept, (0, 0, 0, missing))
-    added, kept = added.unflatten(3, (-1, size)).transpose(-3, -2), kept.unflatten(3, (-1, size))
-    # [batch, heads, 2, groups, width, size], in the order in which a direction passes over the chunks.
-    through = _turned(kept.transpose(-1, -2), -1).cumsum(dim=-1)
+    added, kept = added.unflatten(2, (-1, size)).transpose(-3, -2), kept.unflatten(2, (-1, size)).transpose(-1, -2)
+    # [batch, heads, groups, width, size], in the order in which states pass over the chunks.
+    through = (kept.flip(-1) if reverse else kept).cumsum(dim=-1)
     up_to = F.pad(through, (1, 0))[..., :-1]
     is_earlier = torch.ones(size, size, dtype=torch.bool, device=kept.device).tril(-1)
-    exponents = (up_to[..., :, None] - through[..., None, :]).masked_fill(~is_earlier, -torch.inf)
-    weights = _turned(exponents, -1, -2).exp()
-    if added.shape[3] == 1:
-        return (weights @ added).transpose(-3, -2).flatten(3, 4)[:, :, :, :num_chunks]
+    weights = (up_to[..., :, None] - through[..., None, :]).masked_fill(~is_earlier, -torch.inf).exp()
     whole = through[..., -1:]
-    of_all = _turned(whole - through, -1).exp()[..., None, :]
-    within, total = (torch.cat([weights, of_all], dim=-2) @ added).split([size, 1], dim=-2)
-    carried = _states(total[..., 0, :], whole[..., 0])
-    states = within + _turned(up_to, -1).exp()[..., None] * carried[..., None, :]
-    return states.transpose(-3, -2).flatten(3, 4)[:, :, :, :num_chunks]
-
-
-def _turned(states: Tensor, *dims: int) -> Tensor:
-    """The second direction, of dimension 2, the other way round along some dimensions."""
-    return torch.stack([states[:, :, 0], states[:, :, 1].flip(dims)], dim=2)
+    to_end, from_start = (whole - through).exp()[..., None, :], up_to.exp()[..., None]
+    if reverse:
+        weights, to_end, from_start = weights.flip(-1, -2), to_end.flip(-1), from_start.flip(-2)
+    if added.shape[2] == 1:
+        return (weights @ added).transpose(-3, -2).flatten(2, 3)[:, :, :num_chunks]
+    states, total = (torch.cat([weights, to_end], dim=-2) @ added).split([size, 1], dim=-2)
+    carried = _states(total[..., 0, :], whole[..., 0], reverse)
+    states = torch.addcmul(states, from_start, carried[..., None, :])
+    return states.transpose(-3, -2).flatten(2, 3)[:, :, :num_chunks]

@@ -133,9 +133,9 @@ def gate_gradient(excess: Tensor, query: Tensor, key: Tensor, value: Tensor, gra
     end = before[..., -1:, :]
     earlier = wide_matmul((key * (end - before).exp().to(key.dtype)).transpose(-1, -2), value)
     later = wide_matmul((query * before.exp().to(query.dtype)).transpose(-1, -2), gradient)
-    added, kept = torch.stack([earlier, later], dim=2), end[..., 0, :]
-    states, behind = carry_states(added, torch.stack([kept, kept], dim=2)).unbind(dim=2)
-    at_start = (states * (added[:, :, 1] + end.exp() * behind)).sum(dim=(-2, -1))
+    before_it = carry_states(earlier, end[..., 0, :], reverse=False)
+    behind_it = carry_states(later, end[..., 0, :], reverse=True)
+    at_start = (before_it * (later + end.exp() * behind_it)).sum(dim=(-2, -1))
     at_end = F.pad(at_start, (0, 1))[..., 1:]
     inside = excess.flip(-2).cumsum(dim=-2).flip(-2)
     return (inside + at_end[..., None, None]).flatten(2, 3)[:, :, :num_tokens]
