@@ -44,6 +44,8 @@ def test_transfer_is_its_formula(error: str, normalise: bool, delta: float) -> N
         name: tuple(scale * torch.randn(2, 7, 6, generator=generator, dtype=torch.float64) for _ in range(2))
         for name, scale in (("a", 0.1), ("b", 20.0))
     }
+    for student, _ in pairs.values():
+        student.requires_grad_()
     expected = []
     for student, teacher in pairs.values():
         r = teacher.square().mean().sqrt() if normalise else 1.0
@@ -51,6 +53,11 @@ def test_transfer_is_its_formula(error: str, normalise: bool, delta: float) -> N
     term = Transfer(error=error, normalise=normalise, delta=delta)
     value = term(Observation(torch.zeros(1), transfer=pairs))
     torch.testing.assert_close(value.double(), sum(expected) / 2, rtol=1e-5, atol=0)
+    students = [student for student, _ in pairs.values()]
+    for ours, theirs in zip(
+        torch.autograd.grad(value, students), torch.autograd.grad(sum(expected) / 2, students), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
     other = Transfer(error=error, normalise=normalise, delta=delta, before_projection=True)
     assert torch.equal(other(Observation(torch.zeros(1), transfer_attention=pairs)), value)
 

@@ -152,10 +152,24 @@ class _SquaredError(torch.autograd.Function):
         return error.mul_(2 * gradient / student.numel()).to(student.dtype), None
 
 
-ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "squared": mse_loss,
-    "absolute": l1_loss,
-    "huber": huber_loss,
+def _squared(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
+    return _SquaredError.apply(student, teacher) / scale**2
+
+
+def _absolute(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
+    return l1_loss(student.float(), teacher.float()) / scale
+
+
+def _huber(student: Tensor, teacher: Tensor, scale: Tensor, *, delta: float = 1.0) -> Tensor:
+    error = (student.float() - teacher.float()) / scale
+    return huber_loss(error, torch.zeros_like(error), delta=delta)
+
+
+# The mean over elements of e((student - teacher) / scale).
+ERRORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "squared": _squared,
+    "absolute": _absolute,
+    "huber": _huber,
 }
 
 
@@ -192,20 +206,18 @@ class Transfer(LossTerm):
             raise LinearizeError(f"A transfer loss with delta={delta} is no Huber loss: give a number above 0.")
         self.transfer_layers = tuple(layers)
         self.normalise, self.before_projection = normalise, before_projection
-        self.error = partial(huber_loss, delta=delta) if error == "huber" else ERRORS[error]
+        self.error = partial(_huber, delta=delta) if error == "huber" else ERRORS[error]
 
     def __call__(self, seen: Observation) -> Tensor:
         """Mean over layers of the mean error over text and image tokens."""
         pairs = seen.transfer_attention if self.before_projection else seen.transfer
-        return torch.stack(
-            [self._layer_error(student.float(), teacher.float()) for student, teacher in pairs.values()]
-        ).mean()
+        errors = [self.error(student, teacher, self._scale(teacher)) for student, teacher in pairs.values()]
+        return torch.stack(errors).mean()
 
-    def _layer_error(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _scale(self, teacher: Tensor) -> Tensor:
         if not self.normalise:
-            return self.error(student, teacher)
-        scale = teacher.square().mean().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        return self.error(student / scale, teacher / scale)
+            return torch.ones((), device=teacher.device)
+        return teacher.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
 def _required(value: Tensor | None) -> Tensor:
