@@ -98,6 +98,10 @@ def test_compiled_models_are_measured_after_their_parity(teacher):
     assert rows["dense_own_block"]["parity_error"] < 1e-5
     assert rows["attention_removed"]["parity_error"] is None
     assert "median_seconds" not in rows["refused"] and "natten" in rows["refused"]["error"]
+    earlier = [{"model": "teacher", "size": 64, "median_seconds": 1.0}, rows["dense_own_block"]]
+    again = {"sizes": [64], "students": {}, "baselines": ["dense_own_block"], "earlier": earlier}
+    (row,) = model_rows(teacher, compiled, kind="transformer", **again)
+    assert row["ratio_to_teacher"] == 1 / row["median_seconds"] and "parity_error" not in row
 
 
 def test_removed_attention_keeps_query_and_key(teacher):
@@ -190,7 +194,8 @@ def test_a_run_leaves_json_page_and_plot(tmp_path):
     assert json.loads((tmp_path / "layer.json").read_text()) == json.loads(json.dumps(result))
     assert {"machine", "versions", "commit", "command", "settings", "rows"} <= set(result)
     page = (tmp_path / "layer.md").read_text()
-    assert page.count("| halo |") == 4
+    assert page.count("| halo |") == 4 + 1
+    assert "| side | pass | window | dense | halo |" in page and "(1x)" in page
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
     cfg.extend = True
     assert benchmark(cfg)["rows"][:8] == result["rows"]

@@ -55,14 +55,15 @@ class LayerSizes:
     warmup: int
     repeats: int
 
-    def tokens(self, grid: Grid, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def tokens(self, grid: Grid, seed: int) -> tuple[Tensor, ...]:
         """Random query, key and value that require gradients: [batch, heads, tokens, head_dim], token-major in memory.
 
         This is how the projections of a layer write them.
         """
         shape = (self.batch, self.num_text_tokens + grid.num_tokens, self.num_heads, self.head_dim)
-        drawn = (torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(3))
-        return tuple(states.transpose(1, 2).requires_grad_() for states in drawn)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        options: dict[str, Any] = {"generator": generator, "device": self.device, "dtype": self.dtype}
+        return tuple(torch.randn(shape, **options).transpose(1, 2).requires_grad_() for _ in range(3))
 
 
 def attention_rows(
@@ -88,7 +89,7 @@ def attention_rows(
     for kind in passes:
         if kind not in _OPERATIONS:
             raise LinearizeError(f"passes names {kind!r}: choose from {', '.join(_OPERATIONS)}.")
-    probe = sizes.tokens(PROBE, torch.Generator().manual_seed(seed))
+    probe = sizes.tokens(PROBE, seed)
     errors = {
         (name, window): check_parity(sizes, window, name, seed)
         for name in backends
@@ -97,7 +98,7 @@ def attention_rows(
     }
     for side in sides:
         grid = Grid(side, side)
-        states = sizes.tokens(grid, torch.Generator().manual_seed(seed))
+        states = sizes.tokens(grid, seed)
         for kind in passes:
             dense_seconds: float | None = None
             for name, kernel in DENSE_KERNELS[sizes.device.type].items():
@@ -128,16 +129,13 @@ def check_parity(sizes: LayerSizes, window: int, backend: str, seed: int = 0) ->
     Raises:
         LinearizeError: It is above what the dtype's rounding explains.
     """
-    generator = torch.Generator().manual_seed(seed + 1)
-    states = sizes.tokens(PROBE, generator)
-    weight = torch.randn(states[0].shape, generator=generator)
+    states = sizes.tokens(PROBE, seed + 1)
+    weight = sizes.tokens(PROBE, seed + 2)[0].detach()
     with_gradients = _refusal(sizes, PROBE, window, backend, states, "forward_backward") is None
-    found = _results(
-        _local_call(sizes, PROBE, window, backend), states, weight.to(sizes.device, sizes.dtype), with_gradients
-    )
+    found = _results(_local_call(sizes, PROBE, window, backend), states, weight, with_gradients)
     exact = tuple(state.detach().double().requires_grad_() for state in states)
     naive = _local_call(sizes, PROBE, window, "naive", tile=PEERS.get(backend, (backend, TILE))[1])
-    expected = _results(naive, exact, weight.to(sizes.device, sizes.dtype).double(), with_gradients)
+    expected = _results(naive, exact, weight.double(), with_gradients)
     error = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
     if not error <= PARITY[sizes.dtype]:
         raise LinearizeError(

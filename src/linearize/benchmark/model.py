@@ -54,6 +54,7 @@ def model_rows(
     sizes: list[int],
     students: Mapping[str, Mapping[str, Any]],
     baselines: Sequence[str] = ("teacher",),
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Measures baselines and every student at every size.
 
@@ -65,10 +66,12 @@ def model_rows(
         kind: "transformer" (one forward pass) or "sampling" (the stock pipeline call on embeddings, without decoding).
         sizes: Sides of square pictures in pixels.
         students: Students by name, see `student_of`.
-        baselines: Of `BASELINES`; the first row is what the others are compared with.
+        baselines: Of `BASELINES`.
+        earlier: Rows of an earlier run of the same code: their parity holds, and what they compare with does too.
 
     Yields:
-        One row for each model and size, with `ratio_to_teacher`, or with `error`: why there is no speed.
+        One row for each model and size, with `ratio_to_teacher`, which is to the first that was measured at that size,
+        or with `error`: why there is no speed.
 
     Raises:
         LinearizeError: `kind` or a baseline is unknown, or a compiled model computes something else.
@@ -80,10 +83,15 @@ def model_rows(
         raise LinearizeError(f"model.baselines names {unknown[0]!r}: choose from {', '.join(BASELINES)}.")
     subjects: dict[str, Callable[[nn.Module], nn.Module]] = {name: BASELINES[name] for name in baselines}
     subjects |= {name: partial(student_of, rule=rule) for name, rule in students.items()}
+    checked = {row["model"] for row in earlier if row.get("parity_error") is not None}
     for size in sizes:
-        dense: float | None = None
+        dense = next(
+            (row["median_seconds"] for row in earlier if row["size"] == size and "median_seconds" in row), None
+        )
         for name, build in subjects.items():
-            row = {"model": name, "size": size, **_measure(teacher, settings, kind, size, build, size == min(sizes))}
+            row = {"model": name, "size": size, **_measure(teacher, settings, kind, size, build, name not in checked)}
+            if row.get("parity_error") is not None:
+                checked.add(name)
             seconds = row.get("median_seconds")
             dense = dense or seconds
             yield row | {"ratio_to_teacher": dense / seconds if dense and seconds else None}
@@ -106,8 +114,9 @@ def _measure(
     try:
         with _dense_kernel(device):
             call = _CALLS[kind](teacher, student, settings, size)
-            error = _parity_error(teacher, student, settings, size) if checks_parity and kind == "transformer" else None
-            found["parity_error"] = error
+            error = None
+            if checks_parity and kind == "transformer":
+                error = found["parity_error"] = _parity_error(teacher, student, settings, size)
             if error is None or error <= PARITY[teacher.pipeline.transformer.dtype]:
                 return found | measured_or_reason(call, device, warmup=settings.warmup, repeats=settings.repeats)
     except LinearizeError as refusal:

@@ -14,6 +14,7 @@ from rich.table import Table
 from linearize.benchmark.attention import LayerSizes, attention_rows
 from linearize.benchmark.mixers import MixerSettings, mixer_rows
 from linearize.benchmark.model import ModelSettings, model_rows
+from linearize.benchmark.pivot import comparison
 from linearize.benchmark.plot import PLOTS
 from linearize.benchmark.scans import ScanSizes, scan_rows
 from linearize.benchmark.training import TrainSettings, train_rows
@@ -73,13 +74,13 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         "machine": machine(device),
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
-        "commit": _commit(Path(cfg.root)),
+        "commit": cfg.commit or _commit(Path(cfg.root)),
         "command": command(),
-        "settings": plain(cfg[cfg.suite] if cfg.suite in _OWN_SUITES else cfg.model),
+        "settings": plain(cfg[cfg.suite] if cfg.suite in _OWN_SETTINGS else cfg.model),
     }
     if cfg.extend:
         _extend(result, out.with_suffix(".json"))
-    for row in _shown(_OWN_SUITES.get(cfg.suite, _model)(cfg, device)):
+    for row in _shown(_rows(cfg, device, list(result["rows"]))):
         result["rows"].append(row)
         _write(result, out)
     Console().print(_table(result["rows"], cfg.suite))
@@ -122,7 +123,10 @@ def page(result: Mapping[str, Any], title: str) -> str:
         f"- Commit: {result['commit']}",
     ]
     names, cells = _cells(result["rows"])
-    return f"# {title}\n\n{markdown_table(names, cells)}\n\n" + "\n".join(source) + "\n"
+    tables = [markdown_table(names, cells)]
+    if result["suite"] in PLOTS:
+        tables = [f"![what was measured]({title}.png)", markdown_table(*comparison(result["rows"])), *tables]
+    return "\n\n".join([f"# {title}", *tables, "\n".join(source)]) + "\n"
 
 
 def _attention(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -143,21 +147,29 @@ def _mixers(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
     return mixer_rows(build_teacher(cfg), settings.pop("names") or mixer_names(), MixerSettings(**settings))
 
 
-def _model(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+def _rows(cfg: DictConfig, device: torch.device, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    if cfg.suite in _LAYER_SUITES:
+        return _LAYER_SUITES[cfg.suite](cfg, device)
+    return _train_step(cfg, earlier) if cfg.suite == "train_step" else _model(cfg, earlier)
+
+
+def _model(cfg: DictConfig, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     settings = plain(cfg.model)
     axes = {name: settings.pop(name) for name in ("sizes", "baselines")}
     students = settings.pop("mixers")
-    return model_rows(build_teacher(cfg), ModelSettings(**settings), kind=cfg.suite, students=students, **axes)
+    axes |= {"kind": cfg.suite, "students": students, "earlier": earlier}
+    return model_rows(build_teacher(cfg), ModelSettings(**settings), **axes)
 
 
-def _train_step(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+def _train_step(cfg: DictConfig, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     settings = plain(cfg.train_step)
     axes = {name: settings.pop(name) for name in ("sizes", "recipes")}
-    return train_rows(build_teacher(cfg), TrainSettings(**settings), **axes)
+    return train_rows(build_teacher(cfg), TrainSettings(**settings), earlier=earlier, **axes)
 
 
-# What has settings of its own; every other suite measures whole models.
-_OWN_SUITES = {"attention": _attention, "scans": _scans, "mixers": _mixers, "train_step": _train_step}
+_LAYER_SUITES = {"attention": _attention, "scans": _scans, "mixers": _mixers}
+# The others' settings stand under `model`.
+_OWN_SETTINGS = (*_LAYER_SUITES, "train_step")
 
 
 def _shown(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,12 @@ class Recipe:
 
 
 def train_rows(
-    teacher: Teacher, settings: TrainSettings, *, sizes: list[int], recipes: Mapping[str, Mapping[str, Any]]
+    teacher: Teacher,
+    settings: TrainSettings,
+    *,
+    sizes: list[int],
+    recipes: Mapping[str, Mapping[str, Any]],
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Measures recipes side by side; the first is what the others are compared with.
 
@@ -78,6 +83,7 @@ def train_rows(
         settings: How.
         sizes: Sides of square pictures in pixels.
         recipes: Fields of `Recipe` by name.
+        earlier: Rows of an earlier run of the same code, whose first is the first of all.
 
     Yields:
         One row for each recipe and size, with `samples_per_second`, `ratio_to_first`, the memory before the first step,
@@ -88,7 +94,8 @@ def train_rows(
     """
     built = {name: _recipe(name, fields) for name, fields in recipes.items()}
     for size in sizes:
-        first: float | None = None
+        measured = [row for row in earlier if row["size"] == size and "samples_per_second" in row]
+        first: float | None = measured[0]["samples_per_second"] if measured else None
         for name, recipe in built.items():
             row = {"model": name, "size": size, **_measure(teacher, settings, recipe, size)}
             _forget()
