@@ -82,3 +82,8 @@ def test_compilers_take_orders_as_constants(dynamic):
         tiled, back = compiled(tokens, grid)
         assert torch.equal(tiled, tokens[Layout(2, (grid,)).index_to(TILE)])
         assert torch.equal(back, tokens)
+
+
+def test_tokens_without_a_grid_are_told():
+    with pytest.raises(LinearizeError, match=r"there is no grid; name each image's height and width.*grids="):
+        Layout(4, ())

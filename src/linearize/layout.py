@@ -59,6 +59,13 @@ class Layout:
     text_first: bool = True
     tile: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        if not self.grids:
+            raise LinearizeError(
+                "mixers need to know where image tokens lie, but there is no grid; name each image's height and width "
+                "in tokens, such as grids=(Grid(64, 64),)"
+            )
+
     @property
     def num_image_tokens(self) -> int:
         """Tokens of all grids."""

@@ -84,6 +84,10 @@ def test_operations_grow_linearly_with_the_picture():
         ({"convolution": 4}, "mixer 'lawcat' got convolution=4; choose an odd side, or 1 for none"),
         ({"branches": "conv"}, "choose both, linear or window"),
         ({"directions": "all"}, "choose rows or rows_and_columns"),
+        (
+            {"rope": "after_map", "width": 3},
+            "width=3 with rope='after_map'.*choose an even width, or rope='before_map'",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_told(knobs, sentence):

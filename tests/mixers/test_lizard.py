@@ -106,6 +106,10 @@ def test_operations_grow_linearly_with_the_picture():
     [
         ({"num_meta": -1}, "mixer 'lizard' got num_meta=-1; choose a whole number, 0 or more"),
         ({"variant": "code"}, "choose dit or paper"),
+        (
+            {"rope": "after_map", "width": 5},
+            "width=5 with rope='after_map'.*choose an even width, or rope='before_map'",
+        ),
         ({"branches": "gate"}, "choose both, linear or window"),
     ],
 )

@@ -27,3 +27,16 @@ def check_number(mixer: str, name: str, value: object, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise LinearizeError(f"mixer {mixer!r} got {name}={value!r}; choose a whole number, {least} or more")
+
+
+def check_rotation(mixer: str, rope: str, width: int) -> None:
+    """Checks that features of so many channels can be rotated, two by two.
+
+    Raises:
+        LinearizeError: They cannot.
+    """
+    if rope == "after_map" and width % 2:
+        raise LinearizeError(
+            f"mixer {mixer!r} got width={width} with rope='after_map', which rotates channels two by two; choose an "
+            "even width, or rope='before_map' or 'none'"
+        )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers._arguments import ROPE, check_choice, check_number
+from linearize.mixers._arguments import ROPE, check_choice, check_number, check_rotation
 from linearize.mixers._gated import DIRECTIONS, GatedMixer, LogGates, both_ways
 from linearize.mixers._tokens import FeaturePair, Tokens, in_order, rotate_pair
 from linearize.mixers._window import check_window, has_log_scale, inside_window, window_attention
@@ -74,7 +74,9 @@ class LawcatMixer(GatedMixer):
         check_number("lawcat", "convolution", convolution, 1)
         if convolution % 2 == 0:
             raise LinearizeError(f"mixer 'lawcat' got convolution={convolution}; choose an odd side, or 1 for none")
-        feature_map = HedgehogMap(shape.num_heads, shape.head_dim, width=width or shape.head_dim // 2)
+        width = width or shape.head_dim // 2
+        check_rotation("lawcat", rope, width)
+        feature_map = HedgehogMap(shape.num_heads, shape.head_dim, width=width)
         super().__init__(
             shape,
             "lawcat",

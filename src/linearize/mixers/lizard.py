@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.layout import Layout
-from linearize.mixers._arguments import ROPE, VARIANTS, check_choice, check_number
+from linearize.mixers._arguments import ROPE, VARIANTS, check_choice, check_number, check_rotation
 from linearize.mixers._convex import ConvexMixer
 from linearize.mixers._gated import DIRECTIONS, LogGates, both_ways
 from linearize.mixers._tokens import FeaturePair, Tokens, in_order, map_pair
@@ -77,6 +77,7 @@ class LizardMixer(ConvexMixer):
         check_choice("lizard", "rope", rope, ROPE)
         check_choice("lizard", "directions", directions, tuple(DIRECTIONS))
         check_choice("lizard", "variant", variant, VARIANTS)
+        check_rotation("lizard", rope, width or shape.head_dim)
         maps = [ExponentialMap(shape.num_heads, shape.head_dim, width=width or shape.head_dim) for _ in range(2)]
         is_joined = text == "exact" and branches != "window"
         super().__init__(shape, "lizard", text=text, log_mean_product=maps[0].log_mean_product, is_joined=is_joined)
