@@ -120,6 +120,32 @@ def test_a_mistake_stays_one_sentence(deep, predict):
         predict(student)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu_a_local_student_has_no_graph_breaks():
+    torch.manual_seed(0)
+    student = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        axes_dims_rope=(16, 24, 24),
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+    ).to("cuda", torch.bfloat16)
+    linearize(student, "clear", window=5)
+    conditioning = {"prompt_embeds": torch.randn(1, 128, 32).cuda(), "pooled_prompt_embeds": torch.randn(1, 24).cuda()}
+    inputs = (torch.randn(1, 4, 48, 64).cuda(), torch.tensor([0.5]).cuda(), conditioning)
+    backbone = find_backbone(student)
+    expected = backbone.predict(student, *inputs)
+    counters.clear()
+    compile_blocks(student, compile_backend("auto", "cuda"))
+    found = [backbone.predict(student, *inputs) for _ in range(3)][-1]
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert graphs() == 2 and not counters["graph_break"]
+
+
 def test_settings():
     assert compile_backend("auto", "cpu") is None
     assert compile_backend("auto", "cuda") == "inductor"
