@@ -23,7 +23,7 @@ class Blocks(NamedTuple):
         slots: Tokens that a block has room for.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment] # tuple.index, which nobody looks for here
     number: int
     place: Tensor
     slots: int
