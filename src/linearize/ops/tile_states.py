@@ -20,7 +20,7 @@ SIDE = 8
 # Row and column of what is no token.
 FAR = 1 << 20
 # Numbers in what a batch of tiles gathers and weighs, which bounds the memory between inputs and outputs.
-NUMBERS_AT_A_TIME = 1 << 28
+NUMBERS_AT_A_TIME = 1 << 29
 
 
 @dataclass(frozen=True)
