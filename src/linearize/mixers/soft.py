@@ -42,12 +42,12 @@ class SoftMixer(JointMixer):
     more, of tokens that follow one another.
 
     The paper trains from scratch. `variant=paper` is its formula: keys are the queries, not rotated, and so are the
-    landmarks; D is the row sums of K(L, L), normalization="none" is without any division, and text is a state. Two
-    things are still not the paper's: its landmarks come from a strided convolution, which fixes their size and not
-    their number, here they are means; and it adds a convolution of the value. With "dit" D counts the keys that a
-    landmark stands for, so that it does not depend on the number of tokens. In both, Newton's step is of each matrix,
-    where the code's depends on the whole batch, and iterations are as many as the bound on eigenvalues asks for, where
-    its 20 may leave a large residual.
+    landmarks; D is the row sums of K(L, L), normalization="none" is without any division, and text is a state. Its
+    rows do not sum to 1: it starts far from the teacher. Two things are still not the paper's: its landmarks come from
+    a strided convolution, which fixes their size and not their number, here they are means; and it adds a convolution
+    of the value. With "dit" D counts the keys that a landmark stands for, so that it does not depend on the number of
+    tokens. In both, Newton's step is of each matrix, where the code's depends on the whole batch, and iterations are as
+    many as the bound on eigenvalues asks for, where its 20 may leave a large residual.
 
     Args:
         shape: Sizes of the layer.
