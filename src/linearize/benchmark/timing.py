@@ -38,7 +38,13 @@ class Timing:
 
 
 def measure(
-    call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int, patience: float = PATIENCE
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    warmup: int,
+    repeats: int,
+    patience: float = PATIENCE,
+    graphed: bool = False,
 ) -> Timing:
     """Times `call`, by CUDA events on a GPU and by the wall clock on a CPU.
 
@@ -48,10 +54,15 @@ def measure(
         warmup: Calls before the clock starts.
         repeats: Calls that are timed, one by one.
         patience: Seconds after which no more calls are begun; one is timed in any case.
+        graphed: On a GPU, time replays of a CUDA graph of the call: the GPU's work without its launching, which a short
+            call alone does not hide and a model does.
     """
     for _ in range(warmup):
         call()
     on_gpu = device.type == "cuda"
+    if graphed and on_gpu:
+        call = _captured(call)
+        call()
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -64,7 +75,7 @@ def measure(
 
 
 def measured_or_reason(
-    call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int
+    call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int, graphed: bool = False
 ) -> dict[str, Any]:
     """Times `call` as `measure` does.
 
@@ -72,13 +83,22 @@ def measured_or_reason(
         The fields of the timing, or where the GPU's memory does not hold it, "error": one sentence.
     """
     try:
-        return measure(call, device, warmup=warmup, repeats=repeats).as_dict()
+        return measure(call, device, warmup=warmup, repeats=repeats, graphed=graphed).as_dict()
     except torch.OutOfMemoryError:
         pass
     # Outside of the handler, where the failed call's tensors are gone.
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory / GIB
     return {"error": f"out of memory: it needs more than this GPU's {total:.0f} GiB; choose a smaller size or batch"}
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """Replays of the call, which has been made before; what it returns is overwritten by the next."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
