@@ -1,16 +1,31 @@
 """Every mixer in bfloat16 autocast beside float32 parameters, as in training, against its definition in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from contexts import flux_context, random_tokens
 from linearize.layout import TILE, Grid, Layout
-from linearize.mixers import AttentionShape, build_mixer, mixer_names
+from linearize.mixers import AttentionShape, build_mixer, mixer_class, mixer_names
+from linearize.mixers._joint import JointMixer
+from linearize.mixers._tokens import Tokens
+from linearize.ops.precision import has_narrow_products
 
 SHAPE = AttentionShape(num_heads=2, head_dim=64, hidden_size=128)
 LAYOUT = Layout(5, (Grid(9, 14),))
 # Of bfloat16; sums of few numbers over all tokens, such as the gradient of one scale a head, cancel and lose twice.
 ROUNDING = 2**-8
+JOINT = [name for name in mixer_names() if issubclass(mixer_class(name), JointMixer)]
+VARIANTS = {
+    "care": [{"variant": "paper"}],
+    "lawcat": [{"rope": "after_map"}, {"branches": "linear"}],
+    "linear": [{"feature_map": "exponential"}, {"feature_map": "polar", "convolution": 3}],
+    "lizard": [{"branches": "window"}, {"variant": "paper"}],
+    "lolcats": [{"text": "state"}, {"branches": "linear"}],
+    "sla": [{"variant": "paper"}, {"branches": "window"}],
+}
+NARROWED = [(name, arguments) for name in JOINT for arguments in [{}, *VARIANTS.get(name, [])]]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -44,3 +59,36 @@ def test_forward_and_gradients_are_off_by_rounding_alone(name, device):
         error = (found[label].cpu().double() - exactly).norm()
         limit = (4 if label in ("output", "query", "key", "value") else 8) * ROUNDING
         assert error <= limit * exactly.norm(), f"{label}: {error / exactly.norm():.3g} of its norm"
+
+
+def test_products_are_narrow_in_bfloat16_on_a_gpu_alone():
+    types = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    narrow = [(dtype, device) for dtype in types for device in ("cuda", "cpu") if has_narrow_products(dtype, device)]
+    assert narrow == [(torch.bfloat16, "cuda")]
+
+
+@pytest.mark.parametrize(("name", "arguments"), NARROWED)
+def test_narrow_products_are_off_by_rounding_alone(name, arguments):
+    """As on a GPU under autocast, which gives norms of query and key in float32, and the value in bfloat16."""
+    torch.manual_seed(0)
+    exact = build_mixer(name, SHAPE, arguments).double()
+    layout = LAYOUT.with_tile({"tile": TILE}.get(exact.token_order))
+    query, key, value = (states.detach().float() for states in random_tokens(layout, shape=SHAPE))
+    value = value.bfloat16()
+    with torch.no_grad():
+        doubles = (states.double() for states in (query, key, value))
+        expected = exact.reference(*doubles, flux_context(layout, shape=SHAPE))
+    mixer = build_mixer(name, SHAPE, arguments)
+    mixer.load_state_dict(exact.state_dict())
+    context = flux_context(layout, shape=SHAPE, dtype=torch.bfloat16)
+    tokens = Tokens.of(query, key, value, context)
+    outputs = [mixer(query, key, value, context)]
+    if not mixer.has_wide_products:
+        narrow = replace(tokens, product_dtype=torch.bfloat16)
+        pair_types = {narrow.product_value.dtype, *(states.dtype for states in narrow.product_rotated)}
+        assert pair_types == {torch.bfloat16}
+        outputs.append(mixer.finish(mixer.mix(narrow), narrow))
+        assert not torch.equal(outputs[1].to(value.dtype), outputs[0])
+    for output in outputs:
+        error = (output.double() - expected).norm() / expected.norm()
+        assert error <= 4 * ROUNDING, f"{error:.3g} of its norm"

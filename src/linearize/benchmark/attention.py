@@ -83,17 +83,17 @@ def attention_rows(
 
     Yields:
         One row for each measurement, with `ratio_to_dense` against the first dense kernel of the same grid and pass, or
-        with `error`: why the machine does not run it.
+        with `error`: why the machine does not run it, or that it does not compute the disc's attention.
 
     Raises:
-        LinearizeError: A backend does not compute the disc's attention: its speed would mean nothing.
+        LinearizeError: A pass is unknown.
     """
     for kind in passes:
         if kind not in _OPERATIONS:
             raise LinearizeError(f"passes names {kind!r}: choose from {', '.join(_OPERATIONS)}.")
     probe = sizes.tokens(PROBE, seed)
-    errors = {
-        (name, window): check_parity(sizes, window, name, seed)
+    checked = {
+        (name, window): _checked(sizes, window, name, seed)
         for name in backends
         for window in windows
         if _refusal(sizes, PROBE, window, name, probe, "forward") is None
@@ -112,12 +112,20 @@ def attention_rows(
                 for name in backends:
                     row = {"kernel": name, "side": side, "pass": kind, "window": window}
                     reason = _refusal(sizes, grid, window, name, states, kind)
-                    if reason is not None:
-                        yield row | {"error": reason}
+                    row |= checked.get((name, window), {}) if reason is None else {"error": reason}
+                    if "error" in row:
+                        yield row
                         continue
                     row |= _time(sizes, _local_call(sizes, grid, window, name), states, kind)
-                    row |= _ratio(dense_seconds, row) | {"parity_error": errors.get((name, window))}
+                    row |= _ratio(dense_seconds, row)
                     yield row | _pairs(sizes, grid, window, name, row)
+
+
+def _checked(sizes: LayerSizes, window: int, backend: str, seed: int) -> dict[str, Any]:
+    try:
+        return {"parity_error": check_parity(sizes, window, backend, seed)}
+    except LinearizeError as error:
+        return {"error": str(error)}
 
 
 def check_parity(sizes: LayerSizes, window: int, backend: str, seed: int = 0) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +174,8 @@ def _measure(teacher: Teacher, settings: TrainSettings, recipe: Recipe, size: in
         call = build_step(teacher, student, settings, recipe, size)
         loaded = torch.cuda.memory_allocated(device) / GIB if on_gpu else None
         losses = [float(call()) for _ in range(settings.curve_steps)]
+        if not all(map(math.isfinite, losses)):
+            return {"error": f"its loss is not a finite number: {losses}, so no speed of it is reported"}
         row = measured_or_reason(call, device, warmup=0, repeats=settings.repeats)
     except LinearizeError as error:
         return {"error": str(error)}

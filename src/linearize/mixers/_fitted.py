@@ -59,7 +59,7 @@ class FittedMixer(JointMixer):
 
     def mix(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.mix`."""
-        output = self._read(self.token_features(tokens, dense=False))
+        output = self._read(tokens.for_products(self.token_features(tokens, dense=False)))
         if self.text == "state":
             return output
         part = LinearPart(output, torch.ones_like(output[..., :1]), self._log_mass(tokens))

@@ -94,7 +94,7 @@ class GatedMixer(JointMixer):
 
     def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
         """See `JointMixer.mix_images`."""
-        mask, value = tokens.mask_of(tokens.image), tokens.value[:, :, tokens.image]
+        mask, value = tokens.mask_of(tokens.image), tokens.product_value[:, :, tokens.image]
         ones = torch.ones_like(value[..., :1])
         if pair.rotated is None:
             scans = [(pair.query.values, pair.key.values, torch.cat([value, ones], dim=-1))]

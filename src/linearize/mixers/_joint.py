@@ -46,10 +46,13 @@ class JointMixer(Mixer):
     Attributes:
         has_normaliser: Whether weights are divided by their sum; only text="state" can do without.
         keeps_largest: Whether the softmax part keeps each query's largest score, which takes memory for all scores.
+        has_wide_products: Whether products stay in float32 at least on GPUs too, where rounding would be amplified or
+            an operation has no narrower form.
     """
 
     has_normaliser: bool = True
     keeps_largest: bool = False
+    has_wide_products: bool = False
 
     def __init__(
         self, shape: AttentionShape, name: str, *, text: str, log_mean_product: float, is_joined: bool | None = None
@@ -72,7 +75,7 @@ class JointMixer(Mixer):
 
     def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
         """Linear attention of image tokens on image tokens; without gates unless a subclass has them."""
-        return self.attend(pair, tokens.value[:, :, tokens.image], tokens.mask_of(tokens.image))
+        return self.attend(pair, tokens.product_value[:, :, tokens.image], tokens.mask_of(tokens.image))
 
     def dense_weights(self, pair: FeaturePair) -> tuple[Tensor, Tensor]:
         """The definition of `attend`: weights of numerator and mass, before masks."""
@@ -125,7 +128,7 @@ class JointMixer(Mixer):
     @without_autocast
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `Mixer.forward`."""
-        tokens = Tokens.of(query, key, value, context)
+        tokens = Tokens.of(query, key, value, context, wide_products=self.has_wide_products)
         return self.finish(self.mix(tokens), tokens).to(value.dtype)
 
     @without_autocast
@@ -146,19 +149,19 @@ class JointMixer(Mixer):
         if self.text == "exact":
             return exact, part
         image, text = tokens.image, tokens.text
-        from_text = self.attend(pair.at(image, text), tokens.value[:, :, text], tokens.mask_of(text))
+        from_text = self.attend(pair.at(image, text), tokens.product_value[:, :, text], tokens.mask_of(text))
         mass = part.mass + from_text.mass
         return exact, part._replace(numerator=part.numerator + from_text.numerator, mass=mass)
 
     def mix(self, tokens: Tokens) -> Tensor:
         """The output of all tokens."""
-        pair, text, context = self.features(tokens), tokens.text, tokens.context
+        pair, text, context = self.features(tokens).for_products(tokens), tokens.text, tokens.context
         exact, part = self.joined_parts(pair, tokens)
         if self.has_log_scale:
             part = part.scaled(self.log_scale)
         output = self.add_to_images(self.normalise(exact, part), tokens)
         if self.text == "state":
-            part = self.attend(pair.at(text, slice(None)), tokens.value, context.key_mask)
+            part = self.attend(pair.at(text, slice(None)), tokens.product_value, context.key_mask)
             return in_order(self.normalise(None, part), output, context.layout)
         return with_text_queries(
             output, *tokens.given_rotated, layout=context.layout, scale=context.scale, key_mask=context.key_mask

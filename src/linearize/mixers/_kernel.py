@@ -8,7 +8,8 @@ from torch import Tensor
 from linearize.mixers._joint import JointMixer
 from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.mixers.base import MixerContext
-from linearize.ops.linear_attention import LinearPart, dense_linear_weights, mask_keys
+from linearize.ops.linear_attention import LinearPart, dense_linear_weights, mask_keys, state_of
+from linearize.ops.products import aligned, for_products
 
 
 class KernelMixer(JointMixer):
@@ -26,7 +27,8 @@ class KernelMixer(JointMixer):
             value: [batch, heads, image tokens, channels].
             context: As `forward` got it.
         """
-        return query @ (key.transpose(-1, -2) @ value)
+        query, key, value = for_products(query, key, value)
+        return (query @ state_of(key, aligned(value)).to(query.dtype))[..., : value.shape[-1]]
 
     def dense_factor(self, context: MixerContext, like: Tensor) -> Tensor:
         """c(i, j), to be broadcast to [batch, heads, image tokens, image tokens], in the type of `like`."""
@@ -34,7 +36,7 @@ class KernelMixer(JointMixer):
 
     def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
         """See `JointMixer.mix_images`."""
-        context, mask, value = tokens.context, tokens.mask_of(tokens.image), tokens.value[:, :, tokens.image]
+        context, mask, value = tokens.context, tokens.mask_of(tokens.image), tokens.product_value[:, :, tokens.image]
         query, key = pair.query.values, mask_keys(pair.key.values, mask)
         log_scale, ones = pair.query.log_scale + pair.key.log_scale, torch.ones_like(value[..., :1])
         if pair.rotated is None:

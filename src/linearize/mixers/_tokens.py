@@ -14,56 +14,92 @@ from linearize.layout import Layout
 from linearize.mixers.base import MixerContext
 from linearize.ops.dense_attention import match_heads
 from linearize.ops.feature_maps import FeatureMap, Features
-from linearize.ops.precision import widen
+from linearize.ops.precision import has_narrow_products, widen
 from linearize.ops.rotary import rotate_features
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Query, key and value of one call: as given, and in float32 at least with a key and value for each query head.
+    """Query, key and value of one call: as given, in float32 at least, and as products over many tokens take them.
 
     Attributes:
-        query: [batch, heads, tokens, head_dim], not rotated.
-        key: Same.
-        value: Same.
-        given: Query, key and value as the layer gave them, with key-value heads.
+        given: Query, key and value as the layer gave them, with key-value heads. Autocast, which is off in mixers, has
+            narrowed the value where it was on, but not normed query and key.
         context: The call's context.
+        product_dtype: What products over many tokens are computed in; None leaves all in float32 at least.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
     given: tuple[Tensor, Tensor, Tensor]
     context: MixerContext
+    product_dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tokens:
-        """The tokens of one call."""
-        wide = (widen(query), widen(match_heads(key, query)), widen(match_heads(value, query)))
-        return cls(*wide, (query, key, value), context)
+    def of(
+        cls, query: Tensor, key: Tensor, value: Tensor, context: MixerContext, *, wide_products: bool = True
+    ) -> Tokens:
+        """The tokens of one call, whose products are in the type of the value where `has_narrow_products` says so."""
+        narrow = not wide_products and has_narrow_products(value.dtype, value.device.type)
+        return cls((query, key, value), context, value.dtype if narrow else None)
+
+    @cached_property
+    def query(self) -> Tensor:
+        """[batch, heads, tokens, head_dim], in float32 at least and not rotated."""
+        return widen(self.given[0])
+
+    @cached_property
+    def key(self) -> Tensor:
+        """Same, for each query head."""
+        return widen(match_heads(self.given[1], self.given[0]))
+
+    @cached_property
+    def value(self) -> Tensor:
+        """Same, for each query head."""
+        return widen(match_heads(self.given[2], self.given[0]))
 
     @cached_property
     def given_rotated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query and key, and value, in their own types and with key-value heads."""
-        query, key, value = self.given
-        return self.context.rotate(query), self.context.rotate(key), value
+        """Rotated query and key, and value, in the type of the value and with key-value heads, for softmax."""
+        (query, key), value = self._rotated, self.given[2]
+        return query.to(value.dtype), key.to(value.dtype), value
 
     @cached_property
     def rotated(self) -> tuple[Tensor, Tensor]:
         """Query and key, rotated, in float32 at least and with a key for each query head."""
-        query, key, _ = self.given_rotated
+        query, key = self._rotated
         return widen(query), widen(match_heads(key, query))
+
+    @cached_property
+    def product_value(self) -> Tensor:
+        """The value as products take it, for each query head."""
+        return self.value if self.product_dtype is None else match_heads(self.given[2], self.given[0])
+
+    @cached_property
+    def product_rotated(self) -> tuple[Tensor, Tensor]:
+        """Rotated query and key as products take them, with a key for each query head."""
+        if self.product_dtype is None:
+            return self.rotated
+        query, key, _ = self.given_rotated
+        return query, match_heads(key, query)
+
+    def for_products(self, states: Tensor) -> Tensor:
+        """A tensor of float32 or wider as products take it."""
+        return states if self.product_dtype is None else states.to(self.product_dtype)
+
+    @cached_property
+    def _rotated(self) -> tuple[Tensor, Tensor]:
+        """Rotated query and key in their own types, with key-value heads."""
+        return self.context.rotate(self.given[0]), self.context.rotate(self.given[1])
 
     @property
     def hidden_states(self) -> Tensor:
-        """The layer's input, [batch, tokens, hidden_size], in the type of the query.
+        """The layer's input, [batch, tokens, hidden_size], in float32 or as wide as the query.
 
         Raises:
             LinearizeError: The backbone does not pass it on.
         """
         if self.context.hidden_states is None:
             raise LinearizeError("this mixer needs the layer's hidden states; use it in a linearized transformer")
-        return self.context.hidden_states.to(self.query.dtype)
+        return self.context.hidden_states.to(torch.promote_types(self.given[0].dtype, torch.float32))
 
     @property
     def image(self) -> slice:
@@ -91,6 +127,13 @@ class FeaturePair(NamedTuple):
         """Those of some tokens."""
         rotated = None if self.rotated is None else (self.rotated[0][:, :, queries], self.rotated[1][:, :, keys])
         return FeaturePair(_at(self.query, queries), _at(self.key, keys), rotated)
+
+    def for_products(self, tokens: Tokens) -> FeaturePair:
+        """The features as products take them; their logarithmic scales stay."""
+        query, key = (one._replace(values=tokens.for_products(one.values)) for one in (self.query, self.key))
+        if self.rotated is None:
+            return FeaturePair(query, key)
+        return FeaturePair(query, key, (tokens.for_products(self.rotated[0]), tokens.for_products(self.rotated[1])))
 
 
 def _at(features: Features, where: slice) -> Features:

@@ -87,7 +87,8 @@ class CareMixer(FittedMixer):
     def token_features(self, tokens: Tokens, *, dense: bool) -> Tensor:
         """See `FittedMixer.token_features`."""
         served = slice(None) if self.text == "state" else tokens.image
-        states = (tokens.hidden_states[:, None] if self.is_paper else tokens.value)[:, :, served]
+        states = tokens.for_products(tokens.hidden_states[:, None]) if self.is_paper else tokens.product_value
+        states = states[:, :, served]
         mask, layout = tokens.mask_of(served), tokens.context.layout
         if mask is not None:
             states = states.masked_fill(~mask[:, None, :, None], 0.0)
@@ -95,7 +96,7 @@ class CareMixer(FittedMixer):
         if self.is_paper:
             mixed = self._attend_published(attended, mask, dense)
         else:
-            query, key = (elu_plus_one(rotated[:, :, served]) for rotated in tokens.rotated)
+            query, key = (tokens.for_products(elu_plus_one(rotated[:, :, served])) for rotated in tokens.rotated)
             mixed, memory = _attend(query, key, attended, mask, dense), states
         with_text = self.text == "state"
         convolved = [

@@ -115,11 +115,11 @@ class LawcatMixer(GatedMixer):
         text, linear = super().image_parts(pair, tokens)
         if self.branches == "linear":
             return text, linear
-        image, (query, key) = tokens.image, tokens.rotated
+        image, (query, key) = tokens.image, tokens.product_rotated
         window = window_softmax(
             query[:, :, image],
             key[:, :, image],
-            tokens.value[:, :, image],
+            tokens.product_value[:, :, image],
             layout=tokens.context.layout,
             window=self.window,
             scale=tokens.context.scale,

@@ -134,7 +134,7 @@ class LinearMixer(JointMixer):
         """See `JointMixer.add_to_images`: LiT's convolution of the value."""
         if not self.convolution:
             return output
-        value = self._merge(tokens.value[:, :, tokens.image])
+        value = self._merge(tokens.product_value[:, :, tokens.image])
         weight, bias = self.filter.to(value.dtype), self.filter_bias.to(value.dtype)
         return output + self._part(depthwise_images(value, weight, bias, tokens.context.layout))
 

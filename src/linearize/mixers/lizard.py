@@ -115,8 +115,8 @@ class LizardMixer(ConvexMixer):
 
     def attend_window(self, tokens: Tokens) -> Tensor:
         """See `ConvexMixer.attend_window`."""
-        (query, key), image, text = self._window_pair(tokens), tokens.image, tokens.text
-        context, value = tokens.context, tokens.value
+        query, key = (tokens.for_products(states) for states in self._window_pair(tokens))
+        image, text, context, value = tokens.image, tokens.text, tokens.context, tokens.product_value
         near = window_softmax(
             query[:, :, image],
             key[:, :, image],

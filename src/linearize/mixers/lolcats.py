@@ -111,11 +111,11 @@ class LolcatsMixer(JointMixer):
         """See `JointMixer.image_parts`."""
         if self.branches == "linear":
             return super().image_parts(pair, tokens)
-        image, (query, key) = tokens.image, tokens.rotated
+        image, (query, key) = tokens.image, tokens.product_rotated
         window, linear = window_with_complement(
             query[:, :, image],
             key[:, :, image],
-            tokens.value[:, :, image],
+            tokens.product_value[:, :, image],
             (pair.query.values[:, :, image], pair.key.values[:, :, image]),
             layout=tokens.context.layout,
             window=self.window,

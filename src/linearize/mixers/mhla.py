@@ -85,7 +85,7 @@ class MhlaMixer(KernelMixer):
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `KernelMixer.weigh`."""
         blocks = even_blocks(context.layout, self.blocks_per_side, query.device)
-        return mix_block_states(query, key, value, self.block_weights().to(query.dtype), blocks)
+        return mix_block_states(query, key, value, self.block_weights(), blocks)
 
     def block_weights(self) -> Tensor:
         """The matrix m, [heads or 1, blocks, blocks]."""

@@ -52,6 +52,9 @@ class NprfMixer(RandomFeatureMixer):
         LinearizeError: A knob has none of its values.
     """
 
+    # Fourier transforms are of float32 at least.
+    has_wide_products = True
+
     def __init__(
         self,
         shape: AttentionShape,

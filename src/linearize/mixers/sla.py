@@ -109,12 +109,12 @@ class SlaMixer(JointMixer):
         """See `JointMixer.exact_part`: text, if it is exact, and the selected blocks."""
         if self.branches == "linear":
             return super().exact_part(tokens)
-        (query, key), image = tokens.rotated, tokens.image
+        (query, key), image = tokens.product_rotated, tokens.image
         blocks, selected = self._selection(tokens)
         sparse = block_sparse_softmax(
             query[:, :, image],
             key[:, :, image],
-            tokens.value[:, :, image],
+            tokens.product_value[:, :, image],
             blocks=blocks,
             selected=selected,
             scale=tokens.context.scale,
@@ -127,10 +127,10 @@ class SlaMixer(JointMixer):
         if self.branches == "linear":
             return super().mix_images(pair, tokens)
         if self.branches == "window":
-            nothing = torch.zeros_like(tokens.value[:, :, tokens.image])
+            nothing = torch.zeros_like(tokens.product_value[:, :, tokens.image])
             return LinearPart(nothing, nothing[..., :1], nothing.new_zeros(()))
         blocks, selected = self._selection(tokens)
-        value, mask = tokens.value[:, :, tokens.image], tokens.mask_of(tokens.image)
+        value, mask = tokens.product_value[:, :, tokens.image], tokens.mask_of(tokens.image)
         rest = (~chosen(selected, blocks.number)).to(value.dtype)
         value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
         sums = mix_block_states(pair.query.values, mask_keys(pair.key.values, mask), value, rest, blocks)
@@ -155,7 +155,8 @@ class SlaMixer(JointMixer):
             return super().mix(tokens)
         image, context, exact = tokens.image, tokens.context, self.exact_part(tokens)
         assert exact is not None
-        linear = join(None, self.mix_images(self.features(tokens).at(image, image), tokens))
+        pair = self.features(tokens).for_products(tokens)
+        linear = join(None, self.mix_images(pair.at(image, image), tokens))
         return with_text_queries(
             exact.output + self._project(linear),
             *tokens.given_rotated,

@@ -61,6 +61,9 @@ class SoftMixer(JointMixer):
         LinearizeError: A knob has none of its values, or a grid has fewer tokens than landmarks.
     """
 
+    # The inverse of the landmarks' kernel amplifies rounding.
+    has_wide_products = True
+
     def __init__(
         self,
         shape: AttentionShape,

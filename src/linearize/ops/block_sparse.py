@@ -12,6 +12,7 @@ from linearize.layout import Layout
 from linearize.ops.block_states import Blocks
 from linearize.ops.disc import coordinates
 from linearize.ops.linear_attention import SoftmaxPart, weigh
+from linearize.ops.products import wide_matmul
 
 # Numbers of gathered keys that are in memory at a time, forward and backward.
 NUMBERS_AT_A_TIME = 2**25
@@ -93,6 +94,9 @@ def block_sparse_softmax(
         selected: As `select_blocks` returns it.
         scale: Softmax scale.
         key_mask: [batch, tokens], True where a key is valid.
+
+    Returns:
+        A part of [batch, heads, tokens, head_dim]: scores and sums are float32 at least, products as those of the ops.
     """
     valid = torch.ones_like(key[:, :1, :, :1]) if key_mask is None else key_mask[:, None, :, None].to(key.dtype)
     seen = blocks.spread(valid)[..., 0].expand(-1, query.shape[1], -1, -1) > 0
@@ -100,7 +104,7 @@ def block_sparse_softmax(
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         near_keys, near_values, near = (_gather(states, selected) for states in (keys, values, seen))
-        scores = torch.matmul(queries, near_keys.transpose(-1, -2)) * scale
+        scores = wide_matmul(queries, near_keys.transpose(-1, -2)) * scale
         part = weigh(scores, near_values, near[..., None, :])
         return part.output, part.log_mass
 

@@ -44,11 +44,11 @@ def flex_local_attention(
     states = (_addressable(query), _addressable(key), _addressable(value))
     kind = (layout, region, num_pooled, query.device)
     if torch.compiler.is_compiling():
-        return _attend(*states, block_mask(*kind, key_mask), scale, key_mask is None)
+        return _attend(*states, block_mask(*kind, key_mask), scale)
     mask = _fixed_mask(*kind) if key_mask is None else block_mask(*kind, key_mask)
     needs_grad = any(tensor.requires_grad for tensor in states)
     call = _compiled(*kind, tuple(query.shape), key.shape[1], query.dtype, key_mask is None, needs_grad)
-    return call(*states, mask, scale, key_mask is None)
+    return call(*states, mask, scale)
 
 
 def refusal(query: Tensor, *, layout: Layout, num_pooled: int, needs_grad: bool, **_: object) -> str | None:
@@ -92,16 +92,9 @@ def _addressable(states: Tensor) -> Tensor:
     return states if torch.is_grad_enabled() else states.detach()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, sees_itself: bool) -> Tensor:
-    return flex_attention(
-        query,
-        key,
-        value,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=key.shape[1] != query.shape[1],
-        kernel_options={"ROWS_GUARANTEED_SAFE": sees_itself},
-    )
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    # ROWS_GUARANTEED_SAFE would give NaN: the kernel takes masked blocks first, in which a query may see nothing yet.
+    return flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=key.shape[1] != query.shape[1])
 
 
 _fixed_mask = lru_cache(maxsize=32)(block_mask)

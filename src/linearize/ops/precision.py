@@ -17,6 +17,14 @@ def widen(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
+def has_narrow_products(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether products over many tokens are computed in this dtype and not in float32 or wider: bf16 on a GPU.
+
+    fp16 has not the range of exponential features and of sums over tokens.
+    """
+    return dtype == torch.bfloat16 and device_type == "cuda"
+
+
 def as_under_autocast(*states: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that autocast, where it is on, gives PyTorch's own attention; float64 stays."""
     device = states[0].device.type

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.ops.precision import widen
+from linearize.ops.precision import has_narrow_products, widen
 
 # Channels of which GPUs read whole words; the products of others take slow paths.
 ALIGNMENT = 8
@@ -19,7 +19,7 @@ def for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    if dtype != torch.bfloat16 or tensors[0].device.type != "cuda":
+    if not has_narrow_products(dtype, tensors[0].device.type):
         dtype = torch.promote_types(dtype, torch.float32)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
@@ -29,7 +29,7 @@ def wide_matmul(first: Tensor, second: Tensor) -> Tensor:
 
     bf16 on a GPU is multiplied as it is: only the sums are float32.
     """
-    if first.dtype == second.dtype == torch.bfloat16 and first.device.type == "cuda":
+    if first.dtype == second.dtype and has_narrow_products(first.dtype, first.device.type):
         return _WideMatmul.apply(first, second)
     return widen(first) @ widen(second)
 
