@@ -157,15 +157,26 @@ def test_more_numbers_than_its_kernels_address_are_refused():
     assert explain_backend(*one, grid=Grid(512, 512), num_text_tokens=512, window=16, backend="flex").chosen == "flex"
 
 
+ONE, TWO = (Grid(19, 37),), (Grid(19, 37), Grid(11, 23))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("region", sorted(REGIONS))
-@pytest.mark.parametrize("tile", [None, (8, 16)])
-@pytest.mark.parametrize("grids", [(Grid(19, 37),), (Grid(32, 48),), (Grid(19, 37), Grid(11, 23))], ids=str)
-def test_gradients_on_a_gpu(grids, tile, region, masked):
-    layout = Layout(33, grids, tile=tile)
+@pytest.mark.parametrize(
+    ("grids", "num_text_tokens", "tile", "region", "masked"),
+    [
+        # Whole blocks of text need no mask, and come after blocks in which some query sees nothing.
+        (ONE, 256, (8, 16), "disc", False),
+        (ONE, 256, None, "disc", False),
+        (ONE, 33, (8, 16), "tiles", False),
+        (TWO, 33, (8, 16), "neighborhood", False),
+        (TWO, 0, None, "disc", True),
+        ((Grid(32, 48),), 33, (8, 16), "disc", True),
+    ],
+)
+def test_gradients_on_a_gpu(grids, num_text_tokens, tile, region, masked):
+    layout = Layout(num_text_tokens, grids, tile=tile)
     exact = [torch.randn(2, heads, layout.num_tokens, 64, dtype=torch.float64) for heads in (4, 2, 2)]
-    arguments = {"grid": grids, "num_text_tokens": 33, "window": 9, "tile": tile, "region": region}
+    arguments = {"grid": grids, "num_text_tokens": num_text_tokens, "window": 9, "tile": tile, "region": region}
     key_mask = torch.rand(2, layout.num_tokens) > 0.3
     results = []
     for device, dtype, backend in (("cpu", torch.float64, "naive"), ("cuda", torch.bfloat16, "flex")):
