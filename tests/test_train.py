@@ -134,6 +134,11 @@ def test_weights_move_in_bfloat16_as_in_float32(tiny: list[str], tmp_path: Path)
     assert torch.nn.functional.cosine_similarity(exact, mixed, dim=0) > 0.95
 
 
+def test_a_run_without_validation_has_no_numbers_of_it(tiny: list[str], tmp_path: Path) -> None:
+    metrics = train(compose_train(*tiny, *BARE, "trainer.limit_val_batches=0", "trainer.max_steps=1", run_dir=tmp_path))
+    assert "train/loss" in metrics and "val/velocity_error" not in metrics
+
+
 def test_two_processes_train_as_one(tiny: list[str], tmp_path: Path) -> None:
     train(compose_train(*tiny, *BARE, "optimizer=sgd", run_dir=tmp_path / "one"))
     with cli(

@@ -261,7 +261,8 @@ def fit(
             )
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     if data.val_rows.size:
-        metrics |= trainer.validate(module, data, verbose=False)[0]
+        for validated in trainer.validate(module, data, verbose=False):  # none with limit_val_batches=0
+            metrics |= validated
     return metrics, training
 
 
