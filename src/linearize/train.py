@@ -76,7 +76,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     with costs.part("samples"):
         data = build_data(cfg, teacher, progress=is_first)
     with costs.part("training"), teacher.resting_encoders():
-        start_errors = calibrate(module, data.first_batch(cfg.calibration_samples)) if checkpoint is None else {}
+        start_errors = calibrate(module, *data.first_batches(cfg.calibration_samples)) if checkpoint is None else {}
         if start_errors and is_first:
             mean = sum(start_errors.values()) / len(start_errors)
             _log.info("The layers start at a mean error of %.3g of the teacher's output.", mean)

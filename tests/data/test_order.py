@@ -145,6 +145,14 @@ def test_the_data_module_splits_and_goes_on(make_store):
     assert torch.equal(rest, trained[8:])
 
 
+def test_first_batches_share_no_sample(make_store):
+    data = SampleDataModule([make_store(40)], batch_size=4, val_share=0.2)
+    calibrated, others = data.first_batches(3)
+    assert len(calibrated["index"]) == len(others["index"]) == 3
+    assert not set(calibrated["index"].tolist()) & set(others["index"].tolist())
+    assert len(data.first_batches(1000)) == 1
+
+
 def test_bad_sizes_are_clear_errors(make_store):
     folder = make_store(10)
     with pytest.raises(LinearizeError, match="positive multiple of 4"):

@@ -20,3 +20,16 @@ def test_mixers_set_themselves_from_the_teachers_attention(make_module, batch, m
 
 def test_softmax_starts_at_the_teacher(make_module, batch):
     assert set(calibrate(make_module("softmax"), batch).values()) == {0.0}
+
+
+def test_start_errors_are_those_of_samples_that_nothing_was_fitted_to(make_module, batch):
+    one, other = ({key: value[some] for key, value in batch.items()} for some in (slice(0, 1), slice(1, 2)))
+    modules = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        modules.append(make_module("care"))
+    fitted, measured = modules
+    on_batch, on_others = calibrate(fitted, one), calibrate(measured, one, other)
+    assert all(torch.equal(value, fitted.trained[name]) for name, value in measured.trained.items())
+    assert list(on_others) == list(on_batch)
+    assert sum(on_others.values()) > sum(on_batch.values())

@@ -209,10 +209,15 @@ class SampleDataModule(lightning.LightningDataModule):
         own = [self.val_rows[batch.reshape(world_size, -1)[rank]] for batch in batches]
         return _load(self.store, own, self._num_workers) if own else []
 
-    def first_batch(self, size: int) -> dict[str, Any]:
-        """The first training samples of one layout, at most `size`: the same on every rank."""
+    def first_batches(self, size: int) -> list[dict[str, Any]]:
+        """The first training samples of one layout, and where there are more the next ones, at most `size` each.
+
+        They are the same on every rank.
+        """
         layouts = self.store.layouts[self.train_rows]
-        return self.store.batch(self.train_rows[layouts == layouts[0]][:size])
+        rows = self.train_rows[layouts == layouts[0]]
+        further = rows[size : 2 * size]
+        return [self.store.batch(some) for some in (rows[:size], *([further] if len(further) else []))]
 
     def held_out_prompts(self, number: int) -> list[str]:
         """The first held-out prompts, as many as asked for or as there are."""

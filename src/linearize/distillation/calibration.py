@@ -1,6 +1,6 @@
 """Lets mixers set themselves from one batch of the teacher's attention, and says how far from it they then start."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,14 @@ from linearize.distillation.capture import join_outputs
 from linearize.distillation.module import DistillationModule, conditioning_of
 from linearize.distillation.noise import add_noise, draw_noise
 
+# Given a student's site and what tells its error for the teacher's present input, the error to report.
+Visit = Callable[[Any, Callable[[], float]], float]
+
 
 @torch.no_grad()
-def calibrate(module: DistillationModule, batch: Mapping[str, Any]) -> dict[str, float]:
+def calibrate(
+    module: DistillationModule, batch: Mapping[str, Any], others: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """Calibrates every planned site of the student in the order of the forward pass.
 
     Each site is given the teacher's own input. Noise and noise levels follow from the module's seed and the samples'
@@ -21,16 +26,25 @@ def calibrate(module: DistillationModule, batch: Mapping[str, Any]) -> dict[str,
     Args:
         module: Teacher and student, before training.
         batch: Samples of one layout, as training is fed with.
+        others: Further samples, on which the start errors are measured: mixers that are fitted to a batch are nearer to
+            the teacher on it than elsewhere. Without them it is the batch itself.
 
     Returns:
         The start error of each site, calibrated and before any step of training: squared error over squared norm of
         the layer's output for the teacher's input.
     """
+    errors = _errors_beside_teacher(module, batch, _calibrate_site)
+    module.ema.reset()
+    return errors if others is None else _errors_beside_teacher(module, others, lambda site, error: error())
+
+
+def _errors_beside_teacher(module: DistillationModule, batch: Mapping[str, Any], visit: Visit) -> dict[str, float]:
+    """Runs the teacher on a noisy batch and visits every planned site with the input of the teacher's."""
     names = [name for rule in module.identity["plan"] for name in rule["layers"]]
     teacher_sites, sites = module.backbone.sites(module.teacher), module.backbone.sites(module.student)
     errors: dict[str, float] = {}
     hooks = [
-        teacher_sites[name].register_forward_hook(_calibrate_beside(name, sites[name], errors), with_kwargs=True)
+        teacher_sites[name].register_forward_hook(_visit_beside(name, sites[name], visit, errors), with_kwargs=True)
         for name in names
     ]
     parameter = next(module.teacher.parameters())
@@ -46,34 +60,36 @@ def calibrate(module: DistillationModule, batch: Mapping[str, Any]) -> dict[str,
     finally:
         for hook in hooks:
             hook.remove()
-    module.ema.reset()
     return errors
 
 
-def _calibrate_beside(name: str, site: nn.Module, errors: dict[str, float]) -> Any:
-    """A hook on the teacher's site that gives its input to the student's, calibrates its mixer and measures it.
+def _visit_beside(name: str, site: nn.Module, visit: Visit, errors: dict[str, float]) -> Any:
+    """A hook on the teacher's site that lets the student's be visited with its input, and keeps the error."""
 
-    What calibration set is kept only where it brings the layer nearer to the teacher.
-    """
+    def hook(teacher_site: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        target = join_outputs(output).float()
+        errors[name] = visit(site, lambda: _relative_error(join_outputs(site(*arguments, **keywords)).float(), target))
+
+    return hook
+
+
+def _calibrate_site(site: Any, error: Callable[[], float]) -> float:
+    """Calibrates a site's mixer on its next call; what that set is kept only where it brings the layer nearer."""
 
     def calibrate_mixer(mixer: Any, arguments: tuple[Any, ...]) -> None:
         mixer.calibrate(*arguments)
 
-    def hook(teacher_site: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        mixer: Any = site.mixer
-        target = join_outputs(output).float()
-        before = _relative_error(join_outputs(site(*arguments, **keywords)).float(), target)
-        initial = {key: value.clone() for key, value in mixer.state_dict().items()}
-        handle = mixer.register_forward_pre_hook(calibrate_mixer)
-        try:
-            after = _relative_error(join_outputs(site(*arguments, **keywords)).float(), target)
-        finally:
-            handle.remove()
-        if not after <= before:
-            mixer.load_state_dict(initial)
-        errors[name] = min(before, after)
-
-    return hook
+    mixer = site.mixer
+    before = error()
+    initial = {key: value.clone() for key, value in mixer.state_dict().items()}
+    handle = mixer.register_forward_pre_hook(calibrate_mixer)
+    try:
+        after = error()
+    finally:
+        handle.remove()
+    if not after <= before:
+        mixer.load_state_dict(initial)
+    return min(before, after)
 
 
 def _relative_error(output: Tensor, target: Tensor) -> float:

@@ -32,8 +32,8 @@ class FittedMixer(JointMixer):
     With text="state" all tokens have features and no softmax.
 
     `calibrate` sets w and c, W and b by least squares in closed form: first the logarithm of the mass that the teacher
-    has on image tokens, then, with these, the teacher's output. The start error that a run reports is on that batch; on
-    other pictures of the scenes teacher it is about twice as high after 16 samples, and five to six times after 4.
+    has on image tokens, then, with these, the teacher's output. The error on other pictures of the scenes teacher
+    is about twice that on the batch after 16 samples, and five to six times after 4.
 
     Args:
         shape: Sizes of the layer.
