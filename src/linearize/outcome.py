@@ -75,6 +75,7 @@ def evaluate_run(
         prompts=run_prompts(cfg, data, settings),
         training=training,
         reference_folder=cfg.reference_folder,
+        save_reference=cfg.save_reference,
     )
 
 
