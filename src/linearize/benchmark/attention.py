@@ -91,13 +91,7 @@ def attention_rows(
     for kind in passes:
         if kind not in _OPERATIONS:
             raise LinearizeError(f"passes names {kind!r}: choose from {', '.join(_OPERATIONS)}.")
-    probe = sizes.tokens(PROBE, seed)
-    checked = {
-        (name, window): _checked(sizes, window, name, seed)
-        for name in backends
-        for window in windows
-        if _refusal(sizes, PROBE, window, name, probe, "forward") is None
-    }
+    checked: dict[tuple[str, int], dict[str, Any]] = {}
     for side in sides:
         grid = Grid(side, side)
         states = sizes.tokens(grid, seed)
@@ -112,7 +106,9 @@ def attention_rows(
                 for name in backends:
                     row = {"kernel": name, "side": side, "pass": kind, "window": window}
                     reason = _refusal(sizes, grid, window, name, states, kind)
-                    row |= checked.get((name, window), {}) if reason is None else {"error": reason}
+                    if reason is None and (name, window) not in checked:
+                        checked[name, window] = _checked(sizes, window, name, seed)
+                    row |= checked[name, window] if reason is None else {"error": reason}
                     if "error" in row:
                         yield row
                         continue
