@@ -213,3 +213,18 @@ def test_a_neighborhood_is_never_cut(grid, window):
     sees = dense_sight(Layout(0, (grid,)), Neighborhood(window))
     side = 2 * window - 1
     assert (sees.sum(dim=1) == min(side, grid.height) * min(side, grid.width)).all()
+
+
+def test_every_head_may_have_a_radius_of_its_own():
+    query, key, value, pooled_key, pooled_value = (
+        torch.randn(2, heads, number, 8, dtype=torch.float64)
+        for heads, number in ((4, 38), (2, 38), (2, 38), (2, 3), (2, 3))
+    )
+    options = {"grid": Grid(5, 7), "num_text_tokens": 3, "tile": (8, 16)}
+    options |= {"pooled_key": pooled_key, "pooled_value": pooled_value}
+    found = local_attention(query, key, value, window=[4, 2, 2, 6], **options)
+    for head, window in enumerate([4, 2, 2, 6]):
+        alone = local_attention(query, key, value, window=window, backend="naive", **options)
+        torch.testing.assert_close(found[:, head], alone[:, head])
+    with pytest.raises(LinearizeError, match="window names 3 radii for 4 heads; give one for each head"):
+        local_attention(query, key, value, window=[4, 2, 2], **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import index
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.ops.backends import BACKENDS, BackendReport, choose_backend, warn_if_slow
+from linearize.ops.dense_attention import match_heads
 from linearize.ops.precision import as_under_autocast
-from linearize.ops.regions import REGIONS
+from linearize.ops.regions import REGIONS, Region
 
 
 def local_attention(
@@ -21,7 +23,7 @@ def local_attention(
     value: Tensor,
     *,
     grid: Grid | tuple[Grid, ...],
-    window: int,
+    window: int | Sequence[int],
     num_text_tokens: int,
     text_first: bool = True,
     tile: tuple[int, int] | None = None,
@@ -44,7 +46,7 @@ def local_attention(
         key: [batch, key-value heads, tokens, head_dim], rotated.
         value: Same as key.
         grid: The image, or several, in tokens.
-        window: Radius of the region in tokens.
+        window: Radius of the region in tokens, one for all heads or one for each.
         num_text_tokens: Text tokens among the tokens; may be 0.
         text_first: Whether they stand before the image tokens.
         tile: The order of image tokens, see `Layout`.
@@ -68,25 +70,50 @@ def local_attention(
             machine, or tokens and grid disagree.
     """
     layout = Layout(num_text_tokens, (grid,) if isinstance(grid, Grid) else tuple(grid), text_first, tile)
-    _check(query, layout, window, region)
+    windows = (window,) * query.shape[1] if isinstance(window, int) else tuple(window)
+    _check(query, layout, windows, region)
     num_pooled = 0
     if pooled_key is not None and pooled_value is not None:
         num_pooled = index(pooled_key.shape[2])
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
         if key_mask is not None and pooled_mask is not None:
             key_mask = torch.cat([key_mask, pooled_mask], dim=1)
-    query, key, value = as_under_autocast(query, key, value)
-    call: dict[str, Any] = {
-        "layout": layout,
-        "region": REGIONS[region](window),
-        "key_mask": key_mask,
-        "num_pooled": num_pooled,
-    }
-    report = choose_backend(backend, query, needs_grad=_needs_grad(query, key, value), **call)
+    states = as_under_autocast(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    call: dict[str, Any] = {"layout": layout, "key_mask": key_mask, "num_pooled": num_pooled}
+    if len(set(windows)) == 1:
+        return _attend(*states, REGIONS[region](windows[0]), backend, scale, call)
+    return _by_window(*states, windows, region, backend, scale, call)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, region: Region, backend: str, scale: float, call: dict[str, Any]
+) -> Tensor:
+    report = choose_backend(backend, query, needs_grad=_needs_grad(query, key, value), region=region, **call)
     if backend == "auto":
         warn_if_slow(report, query.device)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[report.chosen].attend(query, key, value, scale=scale, **call)
+    return BACKENDS[report.chosen].attend(query, key, value, scale=scale, region=region, **call)
+
+
+def _by_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    windows: tuple[int, ...],
+    region: str,
+    backend: str,
+    scale: float,
+    call: dict[str, Any],
+) -> Tensor:
+    """One call for the heads of each radius."""
+    states = (query, match_heads(key, query), match_heads(value, query))
+    groups = {window: [head for head, own in enumerate(windows) if own == window] for window in dict.fromkeys(windows)}
+    outputs = [
+        _attend(*(tensor[:, heads] for tensor in states), REGIONS[region](window), backend, scale, call)
+        for window, heads in groups.items()
+    ]
+    order = [head for heads in groups.values() for head in heads]
+    return torch.cat(outputs, dim=1)[:, [order.index(head) for head in range(len(order))]]
 
 
 def explain_backend(
@@ -107,10 +134,10 @@ def explain_backend(
 ) -> BackendReport:
     """Which backend `local_attention` would take for a call, and why not another that it prefers; computes nothing.
 
-    Arguments and errors are those of `local_attention`.
+    Arguments and errors are those of `local_attention`, with one radius for all heads.
     """
     layout = Layout(num_text_tokens, (grid,) if isinstance(grid, Grid) else tuple(grid), text_first, tile)
-    _check(query, layout, window, region)
+    _check(query, layout, (window,), region)
     query, key, value = as_under_autocast(query, key, value)
     return choose_backend(
         backend,
@@ -127,11 +154,15 @@ def _needs_grad(*states: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states)
 
 
-def _check(query: Tensor, layout: Layout, window: int, region: str) -> None:
-    if window < 1:
-        raise LinearizeError(f"window={window} sees nothing; it is a radius in tokens, choose 1 or more")
+def _check(query: Tensor, layout: Layout, windows: tuple[int, ...], region: str) -> None:
+    if min(windows) < 1:
+        raise LinearizeError(f"window={min(windows)} sees nothing; it is a radius in tokens, choose 1 or more")
     if region not in REGIONS:
         raise LinearizeError(f"unknown region {region!r}, choose one of {', '.join(REGIONS)}")
+    if len(windows) not in (1, query.shape[1]):
+        raise LinearizeError(
+            f"window names {len(windows)} radii for {query.shape[1]} heads; give one for each head, or one number"
+        )
     if query.shape[2] != layout.num_tokens:
         grids = " + ".join(str(grid) for grid in layout.grids)
         raise LinearizeError(
