@@ -78,12 +78,12 @@ def local_attention(
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
         if key_mask is not None and pooled_mask is not None:
             key_mask = torch.cat([key_mask, pooled_mask], dim=1)
-    states = as_under_autocast(query, key, value)
+    query, key, value = as_under_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call: dict[str, Any] = {"layout": layout, "key_mask": key_mask, "num_pooled": num_pooled}
     if len(set(windows)) == 1:
-        return _attend(*states, REGIONS[region](windows[0]), backend, scale, call)
-    return _by_window(*states, windows, region, backend, scale, call)
+        return _attend(query, key, value, REGIONS[region](windows[0]), backend, scale, call)
+    return _by_window(query, key, value, windows, region, backend, scale, call)
 
 
 def _attend(
@@ -106,10 +106,10 @@ def _by_window(
     call: dict[str, Any],
 ) -> Tensor:
     """One call for the heads of each radius."""
-    states = (query, match_heads(key, query), match_heads(value, query))
+    key, value = match_heads(key, query), match_heads(value, query)
     groups = {window: [head for head, own in enumerate(windows) if own == window] for window in dict.fromkeys(windows)}
     outputs = [
-        _attend(*(tensor[:, heads] for tensor in states), REGIONS[region](window), backend, scale, call)
+        _attend(query[:, heads], key[:, heads], value[:, heads], REGIONS[region](window), backend, scale, call)
         for window, heads in groups.items()
     ]
     order = [head for heads in groups.values() for head in heads]
