@@ -1,18 +1,23 @@
-"""The guides for adding a mixer or a backbone, run as a reader would follow them."""
+"""The guides for adding a mixer or a backbone, and the page on local attention, run as a reader would follow them."""
 
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import linearize.mixers
 from contexts import SHAPE, flux_context, random_tokens
+from linearize.benchmark.attention import PEERS
+from linearize.config import register_resolvers
 from linearize.layout import Grid, Layout
 from linearize.mixers import build_mixer, mixer_defaults, mixer_names
+from linearize.ops.backends import BACKENDS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -56,3 +61,16 @@ def test_the_guides_calls_run(row_mixer, tiny_pipeline, capsys):
     assert "row(reach=1) in 4" in printed
     picture = tiny_pipeline("a red circle", height=32, width=48, num_inference_steps=1, output_type="pt").images
     assert torch.isfinite(picture).all()
+
+
+def test_the_page_on_local_attention_shows_what_runs(capsys):
+    exec(blocks("local_attention.md", "python")[0], {})
+    assert capsys.readouterr().out.rstrip().endswith("not dense: window=8 does not cover the whole picture")
+    root = DOCS.parent
+    register_resolvers(root)
+    for command in blocks("local_attention.md", "bash")[0].splitlines():
+        _, script, *overrides = shlex.split(command)
+        assert (root / script).is_file()
+        with initialize_config_dir(str(root / "configs"), version_base="1.3"):
+            backends = compose("benchmark", overrides=overrides).attention.backends
+        assert set(backends) <= {*BACKENDS, *PEERS}
