@@ -10,4 +10,3 @@ def mistake_behind(error: BaseException | None) -> LinearizeError | None:
     while error is not None and not isinstance(error, LinearizeError):
         error = error.__cause__ or error.__context__
     return error
-

@@ -61,6 +61,20 @@ def test_forward_and_gradients_are_off_by_rounding_alone(name, device):
         assert error <= limit * exactly.norm(), f"{label}: {error / exactly.norm():.3g} of its norm"
 
 
+@pytest.mark.parametrize(("name", "arguments"), [*((name, {}) for name in JOINT), ("regla", {"variant": "paper"})])
+def test_autocast_changes_nothing_in_what_calibration_sets(name, arguments):
+    context = flux_context(LAYOUT, shape=SHAPE, dtype=torch.bfloat16)
+    query, key, value = (states.detach().float() for states in random_tokens(LAYOUT, shape=SHAPE))
+    found = []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        mixer = build_mixer(name, SHAPE, arguments)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            mixer.calibrate(query, key, value.bfloat16(), context)
+        found.append(mixer.state_dict())
+    torch.testing.assert_close(*found, rtol=0.0, atol=0.0)
+
+
 def test_products_are_narrow_in_bfloat16_on_a_gpu_alone():
     types = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     narrow = [(dtype, device) for dtype in types for device in ("cuda", "cpu") if has_narrow_products(dtype, device)]

@@ -13,7 +13,7 @@ from linearize.mixers._tokens import Tokens, in_order
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.least_squares import ridge
 from linearize.ops.linear_attention import LinearPart, exact_text_flops, join, softmax_part, with_text_queries
-from linearize.ops.precision import widen
+from linearize.ops.precision import widen, without_autocast
 
 # Shares of the features' mean square. With less the read-out learns the few pictures of its batch by heart: on the
 # scenes teacher the error on other pictures is higher.
@@ -83,6 +83,7 @@ class FittedMixer(JointMixer):
         total = weights.sum(dim=-1, keepdim=True) + mass
         return (weights @ tokens.value + mass * placed) / total.masked_fill(total == 0, 1.0)
 
+    @without_autocast
     @torch.no_grad()
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
         """See `Mixer.calibrate`."""

@@ -206,6 +206,7 @@ class JointMixer(Mixer):
         """What becomes of the joined output of image tokens; affine in it, so that errors can be told beforehand."""
         return self.add_to_images(output, tokens)
 
+    @without_autocast
     @torch.no_grad()
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
         """See `Mixer.calibrate`: `log_scale` brings the output of image tokens as near to the teacher's as it can."""

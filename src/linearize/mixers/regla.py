@@ -14,6 +14,7 @@ from linearize.mixers._gated import DIRECTIONS, GATES, GatedMixer, LogGates, bot
 from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.feature_maps import Features, safe_exponential
+from linearize.ops.precision import without_autocast
 
 # sigmoid(8)^2, at r = 0, leaves half of a weight after 1000 tokens; at r = 1/2, where it starts, after 2000.
 OPEN = 8.0
@@ -105,13 +106,15 @@ class ReglaMixer(GatedMixer):
         normed = F.layer_norm(output, output.shape[-1:])
         return normed * self.norm_weight.to(output.dtype) + self.norm_bias.to(output.dtype)
 
+    @without_autocast
     @torch.no_grad()
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
         """See `JointMixer.calibrate`; the published norm gets the teacher's mean and deviation of each channel."""
         if self.has_normaliser:
             super().calibrate(query, key, value, context)
             return
-        output = context.softmax(context.rotate(query), context.rotate(key), value).to(self.norm_weight.dtype)
+        tokens = Tokens.of(query, key, value, context)
+        output = context.softmax(*tokens.given_rotated).to(self.norm_weight.dtype)
         self.norm_weight.copy_(output.std(dim=(0, 2))[:, None])
         self.norm_bias.copy_(output.mean(dim=(0, 2))[:, None])
 

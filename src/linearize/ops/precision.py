@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def widen(states: Tensor) -> Tensor:
@@ -34,11 +35,11 @@ def as_under_autocast(*states: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in states)
 
 
-def without_autocast(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+def without_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function, or method, whose matrix products autocast does not narrow; its first tensor tells the device."""
 
     @wraps(function)
-    def computed(*arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
+    def computed(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
         with torch.autocast(device.type, enabled=False):
             return function(*arguments, **named)
