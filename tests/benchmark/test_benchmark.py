@@ -218,8 +218,11 @@ def test_suites_of_models_leave_pages_and_plots(tiny_flux_folder, tmp_path):
     assert "flex" in rows[0]["error"]  # CLEAR's recipe trains in FlexAttention, which has no gradients on a CPU
 
 
-def test_an_unknown_suite_names_the_choices(teacher):
-    with pytest.raises(LinearizeError, match="suite=speed is unknown: choose attention, transformer, "):
-        next(model_rows(teacher, SETTINGS, kind="speed", sizes=[64], students={}))
+def test_an_unknown_suite_or_baseline_names_the_choices(teacher):
+    register_resolvers(ROOT)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("benchmark", ["suite=speed"])
+    with pytest.raises(LinearizeError, match="suite=speed is unknown: choose attention, scans, mixers, transformer, "):
+        benchmark(cfg)
     with pytest.raises(LinearizeError, match=r"model\.baselines names 'none': choose from teacher, "):
         next(model_rows(teacher, SETTINGS, kind="transformer", sizes=[64], students={}, baselines=["none"]))

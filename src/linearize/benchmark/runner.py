@@ -1,8 +1,7 @@
 """Runs a benchmark from its config and keeps what it measured: what scripts/benchmark.py calls."""
 
-import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,12 @@ from linearize.config import build_teacher, plain
 from linearize.errors import LinearizeError
 from linearize.evaluation.environment import command, machine, versions
 from linearize.evaluation.tables import markdown_table
-from linearize.files import write_json, write_text
+from linearize.files import read_json_object, write_json, write_text
 from linearize.mixers import mixer_names
 from linearize.teachers import resolve_device, resolve_dtype
+
+# What is measured of one subject, by name.
+Row = dict[str, Any]
 
 # column of the table -> (field of a row, its factor)
 _COLUMNS = {
@@ -67,6 +69,9 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         LinearizeError: A setting is unknown, or a backend fails the parity check.
     """
+    if cfg.suite not in SUITES:
+        raise LinearizeError(f"suite={cfg.suite} is unknown: choose {', '.join(SUITES)}.")
+    rows_of, settings = SUITES[cfg.suite]
     device, out = resolve_device(cfg.device), Path(cfg.out)
     result: dict[str, Any] = {
         "suite": cfg.suite,
@@ -76,11 +81,11 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         "versions": versions(),
         "commit": cfg.commit or _commit(Path(cfg.root)),
         "command": command(),
-        "settings": plain(cfg[cfg.suite] if cfg.suite in _OWN_SETTINGS else cfg.model),
+        "settings": plain(cfg[settings]),
     }
     if cfg.extend:
         _extend(result, out.with_suffix(".json"))
-    for row in _shown(_rows(cfg, device, list(result["rows"]))):
+    for row in _shown(rows_of(cfg, device, list(result["rows"]))):
         result["rows"].append(row)
         _write(result, out)
     # Every row has been told; side by side they fit a terminal.
@@ -104,7 +109,7 @@ def _extend(result: dict[str, Any], path: Path) -> None:
     """
     if not path.is_file():
         raise LinearizeError(f"extend=true finds no {path}: leave extend out for the first run.")
-    earlier = json.loads(path.read_text())
+    earlier = read_json_object(path)
     for name in ("suite", "machine", "commit", "versions"):
         if earlier.get(name) != result[name]:
             raise LinearizeError(
@@ -131,31 +136,25 @@ def page(result: Mapping[str, Any], title: str) -> str:
     return "\n\n".join([f"# {title}", *tables, "\n".join(source)]) + "\n"
 
 
-def _attention(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+def _attention(cfg: DictConfig, device: torch.device, earlier: list[Row]) -> Iterator[Row]:
     settings = plain(cfg.attention)
     axes = {name: settings.pop(name) for name in ("sides", "windows", "backends", "passes")}
     dtype = resolve_dtype(cfg.dtype, device)
     return attention_rows(LayerSizes(**settings, dtype=dtype, device=device), **axes)
 
 
-def _scans(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+def _scans(cfg: DictConfig, device: torch.device, earlier: list[Row]) -> Iterator[Row]:
     settings = plain(cfg.scans)
     axes = {name: settings.pop(name) for name in ("sides", "kernels", "passes")}
     return scan_rows(ScanSizes(**settings, dtype=resolve_dtype(cfg.dtype, device), device=device), **axes)
 
 
-def _mixers(cfg: DictConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+def _mixers(cfg: DictConfig, device: torch.device, earlier: list[Row]) -> Iterator[Row]:
     settings = plain(cfg.mixers)
     return mixer_rows(build_teacher(cfg), settings.pop("names") or mixer_names(), MixerSettings(**settings))
 
 
-def _rows(cfg: DictConfig, device: torch.device, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    if cfg.suite in _LAYER_SUITES:
-        return _LAYER_SUITES[cfg.suite](cfg, device)
-    return _train_step(cfg, earlier) if cfg.suite == "train_step" else _model(cfg, earlier)
-
-
-def _model(cfg: DictConfig, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _model(cfg: DictConfig, device: torch.device, earlier: list[Row]) -> Iterator[Row]:
     settings = plain(cfg.model)
     axes = {name: settings.pop(name) for name in ("sizes", "baselines")}
     students = settings.pop("mixers")
@@ -163,18 +162,24 @@ def _model(cfg: DictConfig, earlier: list[dict[str, Any]]) -> Iterator[dict[str,
     return model_rows(build_teacher(cfg), ModelSettings(**settings), **axes)
 
 
-def _train_step(cfg: DictConfig, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _train_step(cfg: DictConfig, device: torch.device, earlier: list[Row]) -> Iterator[Row]:
     settings = plain(cfg.train_step)
     axes = {name: settings.pop(name) for name in ("sizes", "recipes")}
     return train_rows(build_teacher(cfg), TrainSettings(**settings), earlier=earlier, **axes)
 
 
-_LAYER_SUITES = {"attention": _attention, "scans": _scans, "mixers": _mixers}
-# The others' settings stand under `model`.
-_OWN_SETTINGS = (*_LAYER_SUITES, "train_step")
+# What measures a suite, and where its settings stand in the config.
+SUITES: dict[str, tuple[Callable[[DictConfig, torch.device, list[Row]], Iterator[Row]], str]] = {
+    "attention": (_attention, "attention"),
+    "scans": (_scans, "scans"),
+    "mixers": (_mixers, "mixers"),
+    "transformer": (_model, "model"),
+    "train_step": (_train_step, "train_step"),
+    "sampling": (_model, "model"),
+}
 
 
-def _shown(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _shown(rows: Iterator[Row]) -> Iterator[Row]:
     """Passes rows on, each told in a line as soon as it is measured."""
     console = Console(stderr=True)
     for row in rows:
