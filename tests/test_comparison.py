@@ -18,6 +18,7 @@ from linearize.benchmark.runner import benchmark
 from linearize.config import register_resolvers
 from linearize.errors import LinearizeError
 from linearize.evaluation.comparison import compare_runs
+from linearize.evaluation.comparison_page import comparison_page
 from linearize.mixers import mixer_names
 from runs import ROOT, tiny_overrides
 
@@ -134,6 +135,17 @@ def test_the_runs_become_a_table_with_its_sources(swept: tuple[Path, str], speed
     for part in (command, "6 steps of 4 samples", "| 8 x 8, ms | 12 x 12, ms |", f"- soft failed: {failed['error']}"):
         assert part in page
     assert page.count("\n| linear |") == 2 and page.count("\n| better |") == 2 and "up to 2 at a time" in page
+
+
+def test_a_training_step_that_failed_is_told(swept: tuple[Path, str], speed: Path, tmp_path: Path) -> None:
+    measured = json.loads(speed.read_text())
+    (step,) = [row for row in measured["rows"] if row["mixer"] == "linear" and row["pass"] == "train_step"]
+    del step["samples_per_second"]
+    step["error"] = "out of memory"
+    (tmp_path / "speed.json").write_text(json.dumps(measured))
+    comparison = compare_runs(swept[0], tmp_path / "speed.json")
+    assert comparison["rows"][0]["step_samples_per_second"] is None
+    assert "- linear was not timed: out of memory" in comparison_page("sweep", comparison, "sweep.json")
 
 
 def _write_run(folder: Path, mixer: str, **config: Any) -> None:

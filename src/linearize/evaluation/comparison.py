@@ -91,7 +91,7 @@ def _speed_of(measured: Mapping[str, Any], mixer: str, arguments: Mapping[str, A
     return {
         "layer_parameters": forward[0]["parameters"] if forward else None,
         "forward_seconds": {str(row["side"]): row["median_seconds"] for row in forward},
-        "step_samples_per_second": steps[0]["samples_per_second"] if steps else None,
+        "step_samples_per_second": steps[0].get("samples_per_second") if steps else None,
         "speed_error": next((row["error"] for row in rows if "error" in row), None),
     }
 
