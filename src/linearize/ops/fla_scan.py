@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -26,6 +27,7 @@ ANCHOR = 256
 PROBE = 4096
 # Largest relative error that rounding to bf16 explains.
 TOLERANCE = 2e-2
+_log = logging.getLogger(__name__)
 
 
 def scan_heads(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
@@ -171,6 +173,7 @@ def _fails(device: torch.device, num_heads: int, num_features: int, channels: in
     """Why the kernels fail on this GPU: run once, forward and backward, they are compared with the portable form."""
     if importlib.util.find_spec("fla") is None:
         return missing_sentence("it", ["fla"]).rstrip(".")
+    _log.info("fla's kernels are compiled and tried for %d heads of %d x %d; once", num_heads, num_features, channels)
     with torch.inference_mode(False), torch.enable_grad():
         leaves = _probe(device, num_heads, num_features, channels, gate_width)
         try:
