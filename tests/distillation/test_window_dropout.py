@@ -145,11 +145,21 @@ def test_mistakes(make_module: MakeModule) -> None:
         WindowDropout(0.5, 1.5)
 
 
-def test_two_processes_train_on_what_a_step_leaves(tiny_flux_folder: Path, tmp_path: Path) -> None:
-    """Windows and output projections without gradients keep no process waiting."""
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ("mixer=lizard", "loss=lizard", "window_dropout.probability=0.5"),
+        ("stages.transfer=1", "transfer_loss.transfer.layers=[transformer_blocks.1.attn]"),
+    ],
+    ids=["windows_and_output_projections", "layers"],
+)
+def test_two_processes_train_on_what_a_step_leaves(
+    tiny_flux_folder: Path, tmp_path: Path, recipe: tuple[str, ...]
+) -> None:
+    """What has no gradient keeps no process waiting."""
     overrides = [
         *(*tiny_overrides(tiny_flux_folder, tmp_path / "cache"), *BARE),
-        *("mixer=lizard", "loss=lizard", "optimizer=sgd", "window_dropout.probability=0.5", "trainer.max_steps=2"),
+        *(*recipe, "optimizer=sgd", "trainer.max_steps=2"),
         # The normaliser is that of a process's own share of the batch.
         "transfer_loss.transfer.normalise=false",
     ]

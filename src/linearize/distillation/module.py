@@ -92,10 +92,8 @@ class DistillationModule(lightning.LightningModule):
         self._check_stages()
         dropout = window_dropout or WindowDropout()
         self._windows = WindowSwitch(self.backbone.sites(student), dropout)
-        # Steps that leave windows or output projections out have parameters without a gradient.
-        terms = [term for stage in self.stages for term in stage.terms.values()]
-        self._is_partial = dropout.is_on or any(term.before_projection for term in terms)
         self._attach_captures()
+        self._is_partial = dropout.is_on or self._leaves_parts_out()
         blocks = [student.get_submodule(name.rpartition(".")[0]) for name in self._sites]
         self.activations = ActivationBudget(blocks, activation_memory_gib, self._pending_bytes)
         student.enable_gradient_checkpointing(self.activations)
@@ -126,6 +124,15 @@ class DistillationModule(lightning.LightningModule):
         order = preferred_order([cast(Mixer, site.mixer) for site in self._sites.values()])
         for site in teacher_sites.values():
             cast(Mixer, site.mixer).token_order = order
+
+    def _leaves_parts_out(self) -> bool:
+        """Whether some stage regresses a part of the layers, or their heads: all other parameters have no gradient."""
+        num_layers = sum(len(rule["layers"]) for rule in self.identity["plan"])
+        return any(
+            term.before_projection or 0 < len(self._transfer_sites[id(term)]) < num_layers
+            for stage in self.stages
+            for term in stage.terms.values()
+        )
 
     def _pending_bytes(self) -> int:
         """Bytes that the step will still allocate: gradients, and at first the two moments of AdamW."""
