@@ -85,27 +85,28 @@ def launch_forward(
 
     batch, num_heads, num_tokens, head_dim = planes[0].states.shape
     lanes, num_segments = batch * num_heads, len(tables.segments)
-    forward_kernel[(num_segments * lanes,)](
-        *(plane.descriptor(size) for plane, size in zip(planes, (_HALF, BLOCK, BLOCK, _HALF), strict=True)),
-        lse,
-        partial,
-        partial_lse,
-        tables.blocks,
-        tables.segments,
-        tables.entries,
-        *(step for plane in planes for step in (plane.batch, plane.head, plane.channel)),
-        num_heads,
-        num_tokens,
-        tables.num_text_segments,
-        num_segments,
-        lanes,
-        window,
-        scale,
-        REGION=region,
-        STAGES=_STAGES,
-        D=head_dim,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(lse):
+        forward_kernel[(num_segments * lanes,)](
+            *(plane.descriptor(size) for plane, size in zip(planes, (_HALF, BLOCK, BLOCK, _HALF), strict=True)),
+            lse,
+            partial,
+            partial_lse,
+            tables.blocks,
+            tables.segments,
+            tables.entries,
+            *(step for plane in planes for step in (plane.batch, plane.head, plane.channel)),
+            num_heads,
+            num_tokens,
+            tables.num_text_segments,
+            num_segments,
+            lanes,
+            window,
+            scale,
+            REGION=region,
+            STAGES=_STAGES,
+            D=head_dim,
+            num_warps=4,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,33 +5,29 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearize.layout import TILE, Grid, Layout
-from linearize.ops.block_tables import BLOCK, BlockTables, block_tables
+from linearize.layout import TILE, Layout
+from linearize.ops.block_tables import BLOCK
 from linearize.ops.dense_attention import match_heads
 from linearize.ops.hopper_local import launch_forward, planes_for
 from linearize.ops.regions import REGIONS, Region
+from linearize.ops.triton_launch import (
+    Call,
+    Tiling,
+    empty_token_major,
+    merge_parts,
+    split_lists,
+    with_near_channels,
+)
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)
 _LOG2E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a kernel is cut: tokens of a unit of queries and of keys, warps and stages of a program."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
 
 
 # The Hopper kernel takes queries as this does, and keys by whole blocks.
@@ -102,9 +98,9 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [batch, heads, tokens, head_dim] and log-sum-exp in base 2, [batch, heads, tokens]."""
-    call = _Call(query, num_text_tokens, text_first, grids, region, window)
-    query, key, value = (_rows(states) for states in (query, key, value))
-    output, lse = _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    call = Call(query, num_text_tokens, text_first, grids, region, window)
+    query, key, value = (with_near_channels(states) for states in (query, key, value))
+    output, lse = empty_token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     strided = (query, key, value, output)
     planes = planes_for(strided, call.layout)
     tables = call.tables(FORWARD.queries, FORWARD.keys if planes is None else BLOCK)
@@ -114,7 +110,7 @@ def _attention(
     else:
         call.launch(_forward_kernel(), FORWARD, tables, (*strided, *results), strided, (scale * _LOG2E,))
     if tables.num_splits > 1:
-        text, text_lse = _merge(*(_split(partial, tables) for partial in results[1:]))
+        text, text_lse = merge_parts(*(split_lists(partial, tables) for partial in results[1:]))
         call.put_text(output, text)
         call.put_text(lse[..., None], text_lse)
     return output, lse
@@ -122,7 +118,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("linearize::tile_attention_backward", mutates_args=())
@@ -141,10 +137,10 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    call = _Call(query, num_text_tokens, text_first, grids, region, window)
-    query, key, value, gradient = (_rows(states) for states in (query, key, value, gradient))
-    delta = call.delta(output, gradient)
-    query_gradient, key_gradient, value_gradient = _like(query), _like(key), _like(value)
+    call = Call(query, num_text_tokens, text_first, grids, region, window)
+    query, key, value, gradient = (with_near_channels(states) for states in (query, key, value, gradient))
+    delta = call.delta(_backward_kernels().delta_kernel, output, gradient)
+    query_gradient, key_gradient, value_gradient = (empty_token_major(states) for states in (query, key, value))
     scales = (scale * _LOG2E, scale)
 
     tables = call.tables(QUERY_GRADIENT.queries, QUERY_GRADIENT.keys)
@@ -154,7 +150,7 @@ def _attention_backward(
     kernel = _backward_kernels().query_gradient_kernel
     call.launch(kernel, QUERY_GRADIENT, tables, (*given, query_gradient, partial), strided, scales)
     if tables.num_splits > 1:
-        call.put_text(query_gradient, _split(partial, tables).sum(dim=1))
+        call.put_text(query_gradient, split_lists(partial, tables).sum(dim=1))
 
     tables = call.tables(KEY_GRADIENT.keys, KEY_GRADIENT.queries, transposed=True)
     partials = [call.partials(tables, KEY_GRADIENT.keys) for _ in range(2)]
@@ -163,13 +159,13 @@ def _attention_backward(
     call.launch(kernel, KEY_GRADIENT, tables, (*given, key_gradient, value_gradient, *partials), strided, scales)
     if tables.num_splits > 1:
         for result, partial in zip((key_gradient, value_gradient), partials, strict=True):
-            call.put_text(result, _split(partial, tables).sum(dim=1))
+            call.put_text(result, split_lists(partial, tables).sum(dim=1))
     return query_gradient, key_gradient, value_gradient
 
 
 @_attention_backward.register_fake
 def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(query), _like(key), _like(value)
+    return empty_token_major(query), empty_token_major(key), empty_token_major(value)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -182,125 +178,6 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 _attention.register_autograd(_backward, setup_context=_save)
-
-
-class _Call:
-    """One call of the operators: its layout, tables and launches."""
-
-    def __init__(
-        self, query: Tensor, num_text_tokens: int, text_first: bool, grids: Sequence[int], region: str, window: int
-    ) -> None:
-        sides = zip(grids[::2], grids[1::2], strict=True)
-        self.layout = Layout(num_text_tokens, tuple(Grid(*pair) for pair in sides), text_first, TILE)
-        self.region, self.name = REGIONS[region](window), region
-        self.batch, self.num_heads, self.num_tokens, self.head_dim = query.shape
-        self.lanes = self.batch * self.num_heads
-        self.device = query.device
-
-    def tables(self, size: int, other_size: int, transposed: bool = False) -> BlockTables:
-        """Lists for units of `size` tokens."""
-        return block_tables(
-            self.layout,
-            self.region,
-            self.device,
-            size=size,
-            other_size=other_size,
-            transposed=transposed,
-            share=self.lanes / _num_processors(self.device),
-        )
-
-    def partials(self, tables: BlockTables, size: int, channels: int | None = None) -> Tensor:
-        """Room for results of segments: [segments, lanes, size, channels], empty where no list is cut."""
-        num_partials = tables.num_text_segments if tables.num_splits > 1 else 0
-        shape = (num_partials, self.lanes, size, self.head_dim if channels is None else channels)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    def joined(self, total: Tensor) -> Tensor:
-        """[text units, lanes, size, channels] as [batch, heads, text tokens, channels]."""
-        tokens = total.transpose(0, 1).flatten(1, 2)[:, : self.layout.num_text_tokens]
-        return tokens.unflatten(0, (self.batch, self.num_heads))
-
-    def put_text(self, result: Tensor, total: Tensor) -> None:
-        """Writes text's tokens of a result [batch, heads, tokens, channels]."""
-        result[:, :, self.layout.text_slice] = self.joined(total).to(result.dtype)
-
-    def delta(self, output: Tensor, gradient: Tensor) -> Tensor:
-        """Sum over channels of output x gradient, [batch, heads, tokens] in float32."""
-        delta = torch.empty(output.shape[:3], dtype=torch.float32, device=self.device)
-        size = 64
-        _backward_kernels().delta_kernel[-(-self.num_tokens // size), self.lanes](
-            output,
-            gradient,
-            delta,
-            *output.stride()[:3],
-            *gradient.stride()[:3],
-            self.num_heads,
-            self.num_tokens,
-            D=self.head_dim,
-            M=size,
-        )
-        return delta
-
-    def launch(
-        self,
-        kernel: Any,
-        tiling: Tiling,
-        tables: BlockTables,
-        tensors: Sequence[Tensor],
-        strided: Sequence[Tensor],
-        scales: Sequence[float],
-    ) -> None:
-        """Starts a program for every segment and lane."""
-        num_segments = len(tables.segments)
-        kernel[(num_segments * self.lanes,)](
-            *tensors,
-            tables.blocks,
-            tables.segments,
-            tables.entries,
-            *(step for tensor in strided for step in tensor.stride()[:3]),
-            self.num_heads,
-            self.num_tokens,
-            tables.num_text_segments,
-            num_segments,
-            self.lanes,
-            self.region.window,
-            *scales,
-            REGION=self.name,
-            WHOLE=tables.whole,
-            D=self.head_dim,
-            M=tiling.queries,
-            N=tiling.keys,
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-        )
-
-
-def _split(partial: Tensor, tables: BlockTables) -> Tensor:
-    """[segments, ...] as [text units, splits, ...]."""
-    return partial.unflatten(0, (-1, tables.num_splits))
-
-
-def _merge(output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax of several over parts of the keys: output [units, splits, lanes, size, channels], lse in base 2."""
-    peak = lse.amax(dim=1, keepdim=True)
-    weights = torch.exp2(lse - peak)
-    total = weights.sum(dim=1)
-    return (output * weights).sum(dim=1) / total, total.log2() + peak[:, 0]
-
-
-def _rows(states: Tensor) -> Tensor:
-    """Channels of a token next to one another, as the kernels read them."""
-    return states if states.stride(-1) == 1 else states.contiguous()
-
-
-def _like(states: Tensor) -> Tensor:
-    """An empty tensor of this shape, token-major in memory."""
-    return torch.empty_like(states.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-@lru_cache(maxsize=16)
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 # These import triton, which only machines with a GPU have.

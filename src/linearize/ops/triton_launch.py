@@ -1,0 +1,137 @@
+"""What every launch of the Triton kernels of local attention needs: tables, strides, room for parts and their merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.layout import TILE, Grid, Layout
+from linearize.ops.block_tables import BlockTables, block_tables
+from linearize.ops.regions import REGIONS
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel is cut: tokens of a unit of queries and of keys, warps and stages of a program."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Call:
+    """One call of the operators: its layout, tables and launches."""
+
+    def __init__(
+        self, query: Tensor, num_text_tokens: int, text_first: bool, grids: Sequence[int], region: str, window: int
+    ) -> None:
+        sides = zip(grids[::2], grids[1::2], strict=True)
+        self.layout = Layout(num_text_tokens, tuple(Grid(*pair) for pair in sides), text_first, TILE)
+        self.region, self.name = REGIONS[region](window), region
+        self.batch, self.num_heads, self.num_tokens, self.head_dim = query.shape
+        self.lanes = self.batch * self.num_heads
+        self.device = query.device
+
+    def tables(self, size: int, other_size: int, transposed: bool = False) -> BlockTables:
+        """Lists for units of `size` tokens."""
+        return block_tables(
+            self.layout,
+            self.region,
+            self.device,
+            size=size,
+            other_size=other_size,
+            transposed=transposed,
+            share=self.lanes / _num_processors(self.device),
+        )
+
+    def partials(self, tables: BlockTables, size: int, channels: int | None = None) -> Tensor:
+        """Room for results of segments: [segments, lanes, size, channels], empty where no list is cut."""
+        num_partials = tables.num_text_segments if tables.num_splits > 1 else 0
+        shape = (num_partials, self.lanes, size, self.head_dim if channels is None else channels)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def joined(self, total: Tensor) -> Tensor:
+        """[text units, lanes, size, channels] as [batch, heads, text tokens, channels]."""
+        tokens = total.transpose(0, 1).flatten(1, 2)[:, : self.layout.num_text_tokens]
+        return tokens.unflatten(0, (self.batch, self.num_heads))
+
+    def put_text(self, result: Tensor, total: Tensor) -> None:
+        """Writes text's tokens of a result [batch, heads, tokens, channels]."""
+        result[:, :, self.layout.text_slice] = self.joined(total).to(result.dtype)
+
+    def delta(self, kernel: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        """Sum over channels of output x gradient, [batch, heads, tokens] in float32."""
+        delta = torch.empty(output.shape[:3], dtype=torch.float32, device=self.device)
+        size = 64
+        strides = (*output.stride()[:3], *gradient.stride()[:3])
+        with torch.cuda.device_of(delta):
+            kernel[-(-self.num_tokens // size), self.lanes](
+                output, gradient, delta, *strides, self.num_heads, self.num_tokens, D=self.head_dim, M=size
+            )
+        return delta
+
+    def launch(
+        self,
+        kernel: Any,
+        tiling: Tiling,
+        tables: BlockTables,
+        tensors: Sequence[Tensor],
+        strided: Sequence[Tensor],
+        scales: Sequence[float],
+    ) -> None:
+        """Starts a program for every segment and lane."""
+        num_segments = len(tables.segments)
+        sizes = (self.num_heads, self.num_tokens, tables.num_text_segments, num_segments, self.lanes)
+        # Triton starts kernels on the current GPU, which need not be the tensors'.
+        with torch.cuda.device_of(tensors[0]):
+            kernel[(num_segments * self.lanes,)](
+                *tensors,
+                tables.blocks,
+                tables.segments,
+                tables.entries,
+                *(step for tensor in strided for step in tensor.stride()[:3]),
+                *sizes,
+                self.region.window,
+                *scales,
+                REGION=self.name,
+                WHOLE=tables.whole,
+                D=self.head_dim,
+                M=tiling.queries,
+                N=tiling.keys,
+                num_warps=tiling.num_warps,
+                num_stages=tiling.num_stages,
+            )
+
+
+def split_lists(partial: Tensor, tables: BlockTables) -> Tensor:
+    """[segments, ...] as [text units, splits, ...]."""
+    return partial.unflatten(0, (-1, tables.num_splits))
+
+
+def merge_parts(output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """One softmax of several over parts of the keys: output [units, splits, lanes, size, channels], lse in base 2."""
+    peak = lse.amax(dim=1, keepdim=True)
+    weights = torch.exp2(lse - peak)
+    total = weights.sum(dim=1)
+    return (output * weights).sum(dim=1) / total, total.log2() + peak[:, 0]
+
+
+def with_near_channels(states: Tensor) -> Tensor:
+    """Channels of a token next to one another, as the kernels read them."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+def empty_token_major(states: Tensor) -> Tensor:
+    """An empty tensor of this shape, token-major in memory."""
+    return torch.empty_like(states.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+@lru_cache(maxsize=16)
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
