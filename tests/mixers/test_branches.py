@@ -100,3 +100,19 @@ def test_both_branches_are_the_window_and_the_linear_branch(name: str) -> None:
     near = joint_images - factor * linear_images if goes_on else joint_images
     assert is_constant(near / window_images.masked_fill(~seen, 1.0), seen)
     assert (factor > 0).all() and (near[seen] > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_text_tokens", [3, 0])
+@pytest.mark.parametrize("name", ["lolcats", "sla"])
+def test_published_hybrids_follow_their_definition_while_training_leaves_the_window_out(
+    name: str, num_text_tokens: int
+) -> None:
+    torch.manual_seed(0)
+    layout = Layout(num_text_tokens, LAYOUT.grids)
+    inputs, context = random_tokens(layout), flux_context(layout)
+    mixer = build_mixer(name, SHAPE, {"variant": "paper"}).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    mixer.branches = "linear"
+    torch.testing.assert_close(mixer(*inputs, context), mixer.reference(*inputs, context))

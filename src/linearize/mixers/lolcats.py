@@ -110,20 +110,21 @@ class LolcatsMixer(JointMixer):
     def image_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:
         """See `JointMixer.image_parts`."""
         if self.branches == "linear":
-            return super().image_parts(pair, tokens)
-        image, (query, key) = tokens.image, tokens.product_rotated
-        window, linear = window_with_complement(
-            query[:, :, image],
-            key[:, :, image],
-            tokens.product_value[:, :, image],
-            (pair.query.values[:, :, image], pair.key.values[:, :, image]),
-            layout=tokens.context.layout,
-            window=self.window,
-            scale=tokens.context.scale,
-            key_mask=tokens.mask_of(image),
-        )
-        exact = merge(self.exact_part(tokens), window)
-        if self.is_paper and exact.largest is not None:
+            exact, linear = super().image_parts(pair, tokens)
+        else:
+            image, (query, key) = tokens.image, tokens.product_rotated
+            window, linear = window_with_complement(
+                query[:, :, image],
+                key[:, :, image],
+                tokens.product_value[:, :, image],
+                (pair.query.values[:, :, image], pair.key.values[:, :, image]),
+                layout=tokens.context.layout,
+                window=self.window,
+                scale=tokens.context.scale,
+                key_mask=tokens.mask_of(image),
+            )
+            exact = merge(self.exact_part(tokens), window)
+        if self.is_paper and exact is not None and exact.largest is not None:
             log_mass = exact.log_mass - _finite(exact.largest) + self._log_factor(exact.log_mass)
             exact = exact._replace(log_mass=log_mass)
         return exact, linear

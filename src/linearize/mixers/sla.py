@@ -154,11 +154,10 @@ class SlaMixer(JointMixer):
         if self.variant == "dit":
             return super().mix(tokens)
         image, context, exact = tokens.image, tokens.context, self.exact_part(tokens)
-        assert exact is not None
         pair = self.features(tokens).for_products(tokens)
-        linear = join(None, self.mix_images(pair.at(image, image), tokens))
+        output = self._project(join(None, self.mix_images(pair.at(image, image), tokens)))
         return with_text_queries(
-            exact.output + self._project(linear),
+            output if exact is None else exact.output + output,
             *tokens.given_rotated,
             layout=context.layout,
             scale=context.scale,
