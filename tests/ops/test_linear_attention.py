@@ -93,6 +93,15 @@ def test_one_normaliser_over_softmax_and_linear_keys(tokens, shift):
     assert (join(exact, unscaled) - join(exact, far)).abs().max() > 1e-3
 
 
+def test_where_neither_branch_sees_anything_there_are_zeros(tokens):
+    query, key, value = tokens
+    nothing = softmax_part(query, key, value, scale=0.25, key_mask=torch.zeros(2, LAYOUT.num_tokens, dtype=torch.bool))
+    blind = torch.full_like(query[..., :1], -torch.inf)
+    parts = [LinearPart(value, torch.ones_like(blind), blind), LinearPart(0 * value, torch.zeros_like(blind), ZERO)]
+    for part in parts:
+        assert torch.equal(join(nothing, part), torch.zeros_like(value))
+
+
 def test_softmax_on_all_keys_and_nothing_linear_is_softmax(tokens):
     query, key, value = tokens
     nothing = LinearPart(torch.zeros_like(value), torch.zeros_like(value[..., :1]), ZERO)

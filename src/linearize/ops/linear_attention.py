@@ -177,6 +177,7 @@ def join(exact: SoftmaxPart | None, linear: LinearPart) -> Tensor:
         return linear.numerator / linear.mass.clamp(min=tiny)
     log_mass = linear.mass.detach().clamp(min=tiny).log() + linear.log_scale.detach()
     largest = torch.maximum(exact.log_mass.detach(), log_mass)
+    largest = largest.masked_fill(largest.isinf(), 0.0)
     near, far = (exact.log_mass - largest).exp(), (linear.log_scale - largest).exp()
     return (near * exact.output + far * linear.numerator) / (near + far * linear.mass).clamp(min=tiny)
 
