@@ -113,7 +113,7 @@ def test_float32_adapters_learn_beside_bfloat16_layers(make_module: MakeModule, 
             parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
         noise, sigma = torch.zeros_like(batch["latents"]), torch.tensor([0.3, 0.8])
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            value = module.compute_terms(module.stages[0].terms, batch, noise, sigma)["prediction"]
+            value = module.observer.compute_terms(module.stages[0].terms, batch, noise, sigma)["prediction"]
         value.backward()
         losses.append(value.detach())
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in module.trained.values()]))

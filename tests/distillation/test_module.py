@@ -14,7 +14,7 @@ from linearize.errors import LinearizeError
 def losses_of(module: DistillationModule, batch: dict[str, Any]) -> dict[str, Tensor]:
     keys = [(0, 0, 0, int(index)) for index in batch["index"]]
     noise, sigma = draw_noise(batch["latents"], keys, Uniform())
-    return module.compute_terms(module.stages[0].terms, batch, noise, sigma)
+    return module.observer.compute_terms(module.stages[0].terms, batch, noise, sigma)
 
 
 def gradients_of(module: DistillationModule, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -37,6 +37,19 @@ def test_a_softmax_student_has_no_loss_against_its_teacher(
 def test_a_local_student_has_every_loss(make_module: MakeModule, batch: dict[str, Any]) -> None:
     losses = losses_of(make_module("clear", window=2), batch)
     assert all(value > 1e-6 for value in losses.values()), losses
+
+
+def test_each_term_sees_its_own_layers_beside_others(make_module: MakeModule, batch: dict[str, Any]) -> None:
+    terms = {
+        f"{kind.__name__} {layers}": kind(layers=[layers])
+        for kind in (AttentionOutput, Transfer)
+        for layers in ("transformer_blocks.*", "single_transformer_blocks.*", "*.0.attn")
+    }
+    together = losses_of(make_module("clear", window=2, terms=terms), batch)
+    for name, term in terms.items():
+        (alone,) = losses_of(make_module("clear", window=2, terms={name: term}), batch).values()
+        assert together[name] == alone
+    assert len({value.item() for value in together.values()}) == len(terms)
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "clear"])
@@ -84,7 +97,7 @@ def test_gradient_checkpointing_changes_nothing(make_module: MakeModule, batch: 
 def test_a_capture_holds_nothing_afterwards(make_module: MakeModule, batch: dict[str, Any]) -> None:
     module = make_module("clear", window=2, options={"activation_memory_gib": 0}).train()
     both = (*module.backbone.sites(module.student).values(), *module.backbone.sites(module.teacher).values())
-    with module._student_capture.recording() as (attention, calls):
+    with module.observer._student_capture.recording() as (attention, calls):
         velocity = module.backbone.predict(module.student, batch["latents"], torch.tensor([0.4, 0.6]), batch)
     assert list(attention) == list(module.backbone.sites(module.student)) and not calls
     assert {tuple(value.shape) for value in attention.values()} == {(2, 65, 32)}

@@ -105,7 +105,7 @@ def test_the_transfer_of_a_recipe_is_its_formula(
     (term,) = stages_of(recipe, tmp_path)[0].terms.values()
     module = make_module("clear", terms={"transfer": term}, window=2)
     noise, sigma = torch.randn(batch["latents"].shape), torch.tensor([0.2, 0.7])
-    value = module.compute_terms({"transfer": term}, batch, noise, sigma)["transfer"]
+    value = module.observer.compute_terms({"transfer": term}, batch, noise, sigma)["transfer"]
     students, errors = module.backbone.sites(module.student), []
 
     def compare(name: str) -> Any:
@@ -156,9 +156,9 @@ def test_the_variance_of_a_teacher_that_predicts_one_is_distilled(
     channels = module.teacher.proj_out.out_features
     head = torch.nn.Linear(module.teacher.proj_out.in_features, 2 * channels).requires_grad_(False)
     module.teacher.proj_out = module.student.proj_out = head
-    module.backbone = LearnedVariance()
+    module.backbone = module.observer.backbone = LearnedVariance()
     noise, sigma = torch.randn(batch["latents"].shape), torch.tensor([0.2, 0.7])
-    value = module.compute_terms(module.stages[0].terms, batch, noise, sigma)["variance"]
+    value = module.observer.compute_terms(module.stages[0].terms, batch, noise, sigma)["variance"]
     latents = add_noise(batch["latents"], noise, sigma)
     with torch.no_grad():
         student, teacher = (

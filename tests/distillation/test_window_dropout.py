@@ -128,14 +128,14 @@ def test_a_layer_without_its_window_is_its_linear_branch(
     values = []
     dropped._windows.drop(seed=0, step=0, num_steps=1)
     for module in (dropped, linear):
-        value = module.compute_terms(terms, batch, noise, sigma)["prediction"]
+        value = module.observer.compute_terms(terms, batch, noise, sigma)["prediction"]
         value.backward()
         values.append(value.detach())
     torch.testing.assert_close(*values)
     for name, parameter in linear.trained.items():
         torch.testing.assert_close(dropped.trained[name].grad, parameter.grad, atol=1e-7, rtol=1e-4, msg=name)
     dropped._windows.restore()
-    assert not torch.equal(dropped.compute_terms(terms, batch, noise, sigma)["prediction"].detach(), values[0])
+    assert not torch.equal(dropped.observer.compute_terms(terms, batch, noise, sigma)["prediction"].detach(), values[0])
 
 
 def test_mistakes(make_module: MakeModule) -> None:

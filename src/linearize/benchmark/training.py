@@ -137,7 +137,7 @@ def build_step(
         step += 1
         noise, sigma = draw_noise(batch["latents"], keys, Uniform())
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            values = module.compute_terms(terms, batch, noise, sigma)
+            values = module.observer.compute_terms(terms, batch, noise, sigma)
         loss = torch.stack([terms[name].weight * value for name, value in values.items()]).sum()
         loss.backward()
         optimizer.step()

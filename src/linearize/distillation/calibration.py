@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from linearize.distillation.capture import join_outputs
-from linearize.distillation.module import DistillationModule, conditioning_of
+from linearize.distillation.module import DistillationModule
 from linearize.distillation.noise import add_noise, draw_noise
+from linearize.distillation.observing import conditioning_of
 
 # Given a student's site and what tells its error for the teacher's present input, the error to report.
 Visit = Callable[[Any, Callable[[], float]], float]

@@ -1,7 +1,7 @@
 """The LightningModule that distils a teacher into a student which shares its frozen tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning
 import torch
@@ -11,25 +11,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from linearize.backbones import Backbone, find_backbone
-from linearize.backbones.plan import preferred_order
 from linearize.compilation import compile_blocks
 from linearize.distillation.activations import ActivationBudget
-from linearize.distillation.capture import SiteCapture, join_outputs
 from linearize.distillation.ema import ExponentialMovingAverage
 from linearize.distillation.in_backward import StepInBackward
-from linearize.distillation.losses import LossTerm, Observation
 from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_noise
+from linearize.distillation.observing import Observer, conditioning_of
 from linearize.distillation.resume import check_checkpoint, restore_rng, rng_state, student_state, tell_changed_schedule
 from linearize.distillation.schedules import constant
 from linearize.distillation.stages import Stage, stage_at
 from linearize.distillation.window_dropout import WindowDropout, WindowSwitch
 from linearize.errors import LinearizeError
 from linearize.evaluation.metrics import relative_velocity_error
-from linearize.mixers import Mixer
-from linearize.surgery import is_mixer_parameter, match_layers, share_student, trained_parameters
-
-# What a batch holds beside the conditioning of `Backbone.predict`.
-_NOT_CONDITIONING = ("latents", "prompt", "index")
+from linearize.surgery import is_mixer_parameter, share_student, trained_parameters
 
 
 class DistillationModule(lightning.LightningModule):
@@ -92,9 +86,10 @@ class DistillationModule(lightning.LightningModule):
         self._check_stages()
         dropout = window_dropout or WindowDropout()
         self._windows = WindowSwitch(self.backbone.sites(student), dropout)
-        self._attach_captures()
-        self._is_partial = dropout.is_on or self._leaves_parts_out()
-        blocks = [student.get_submodule(name.rpartition(".")[0]) for name in self._sites]
+        terms = [term for stage in self.stages for term in stage.terms.values()]
+        self.observer = Observer(self.teacher, student, terms)
+        self._is_partial = dropout.is_on or self.observer.leaves_parts_out
+        blocks = [student.get_submodule(name.rpartition(".")[0]) for name in self.backbone.sites(student)]
         self.activations = ActivationBudget(blocks, activation_memory_gib, self._pending_bytes)
         student.enable_gradient_checkpointing(self.activations)
         for transformer in (student, self.teacher):
@@ -107,32 +102,6 @@ class DistillationModule(lightning.LightningModule):
                     f"{stage.name}_trains=mixer trains nothing, for the mixers of this student have no parameters of "
                     f"their own: set {stage.name}_trains=all, or stages.{stage.name}=0."
                 )
-
-    def _attach_captures(self) -> None:
-        planned = [name for rule in self.identity["plan"] for name in rule["layers"]]
-        terms = [term for stage in self.stages for term in stage.terms.values()]
-        self._attention_sites = {id(term): match_layers(term.attention_layers, planned) for term in terms}
-        self._transfer_sites = {id(term): match_layers(term.transfer_layers, planned) for term in terms}
-        attention = {name for names in self._attention_sites.values() for name in names}
-        transfer = {name for names in self._transfer_sites.values() for name in names}
-        self._sites = self.backbone.sites(self.student)
-        attention |= {name for term in terms if term.before_projection for name in self._transfer_sites[id(term)]}
-        teacher_sites = self.backbone.sites(self.teacher)
-        self._teacher_capture = SiteCapture(self.teacher, teacher_sites, attention, transfer)
-        self._student_capture = SiteCapture(self.student, self._sites, attention, set())
-        # Tokens travel through both in one order, so that what is captured is compared as it is, without a copy.
-        order = preferred_order([cast(Mixer, site.mixer) for site in self._sites.values()])
-        for site in teacher_sites.values():
-            cast(Mixer, site.mixer).token_order = order
-
-    def _leaves_parts_out(self) -> bool:
-        """Whether some stage regresses a part of the layers, or their heads: all other parameters have no gradient."""
-        num_layers = sum(len(rule["layers"]) for rule in self.identity["plan"])
-        return any(
-            term.before_projection or 0 < len(self._transfer_sites[id(term)]) < num_layers
-            for stage in self.stages
-            for term in stage.terms.values()
-        )
 
     def _pending_bytes(self) -> int:
         """Bytes that the step will still allocate: gradients, and at first the two moments of AdamW."""
@@ -223,7 +192,7 @@ class DistillationModule(lightning.LightningModule):
         terms = {name: term for name, term in self.stage.terms.items() if term.weight > 0}
         noise, sigma = draw_noise(batch["latents"], keys, self.sigma)
         loss = torch.zeros((), device=batch["latents"].device)
-        for name, value in self.compute_terms(terms, batch, noise, sigma).items():
+        for name, value in self.observer.compute_terms(terms, batch, noise, sigma).items():
             self.log(f"train/{name}", value.detach(), batch_size=len(sigma))
             loss = loss + terms[name].weight * value
         self.log("train/loss", loss.detach(), batch_size=len(sigma))
@@ -232,53 +201,6 @@ class DistillationModule(lightning.LightningModule):
             loss = loss + 0.0 * torch.stack([parameter.flatten()[0] for parameter in self.trained.values()]).sum()
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(sigma))
         return loss
-
-    def compute_terms(
-        self, terms: Mapping[str, LossTerm], batch: Mapping[str, Any], noise: Tensor, sigma: Tensor
-    ) -> dict[str, Tensor]:
-        """Computes loss terms on given noise.
-
-        Args:
-            terms: The terms by name; only what they need is run.
-            batch: "latents" [batch, channels, height, width] and the conditioning.
-            noise: Like the latents.
-            sigma: [batch].
-
-        Returns:
-            Each term's value, unweighted.
-        """
-        values = list(terms.values())
-        latents = batch["latents"].float()
-        inputs = (add_noise(latents, noise, sigma), sigma, conditioning_of(batch))
-        seen = Observation(target=noise - latents)
-        attention = {name for term in values for name in self._attention_sites[id(term)]}
-        transfer = [name for term in values for name in self._transfer_sites[id(term)]]
-        inner = {name for term in values if term.before_projection for name in self._transfer_sites[id(term)]}
-        teacher_inner: dict[str, Tensor] = {}
-        if transfer or any(term.needs_teacher for term in values):
-            with torch.no_grad(), self._teacher_capture.recording() as (outputs, calls):
-                seen.teacher_velocity, seen.teacher_variance = self.backbone.predict_with_variance(
-                    self.teacher, *inputs
-                )
-            seen.teacher_attention = {name: outputs[name] for name in attention}
-            teacher_inner = {name: outputs[name] for name in inner}
-        if any(term.needs_student for term in values):
-            with self._student_capture.recording() as (outputs, _):
-                seen.student_velocity, seen.student_variance = self.backbone.predict_with_variance(
-                    self.student, *inputs
-                )
-            seen.student_attention = {name: outputs[name] for name in attention}
-        if transfer:
-            with self._student_capture.recording() as (outputs, _):
-                seen.transfer = {
-                    name: (
-                        join_outputs(self._sites[name](**calls[name].keywords)),
-                        calls[name].output,
-                    )
-                    for name in transfer
-                }
-            seen.transfer_attention = {name: (outputs[name], output) for name, output in teacher_inner.items()}
-        return {name: term(seen) for name, term in terms.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drops the gradients of what the stage leaves alone, before they are clipped."""
@@ -339,15 +261,6 @@ class DistillationModule(lightning.LightningModule):
         if self._rng is not None:
             restore_rng(self._rng)
             self._rng = None
-
-
-def conditioning_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What `Backbone.predict` is to be told beside latents and sigma, with floating point tensors in float32."""
-    return {
-        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in batch.items()
-        if name not in _NOT_CONDITIONING
-    }
 
 
 def _indices(batch: Mapping[str, Any]) -> list[int]:
