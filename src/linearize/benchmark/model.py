@@ -122,6 +122,8 @@ def _measure(
                 return found | measured_or_reason(call, device, warmup=settings.warmup, repeats=settings.repeats)
     except LinearizeError as refusal:
         return found | {"error": str(refusal)}
+    except torch.OutOfMemoryError:  # of the first call or the comparison
+        return found | {"error": "out of memory: choose a smaller size or batch"}
     return found | {
         "error": f"compiled, it is off by {error:.2g} from what it computes eagerly, more than rounding explains, so "
         "no speed of it is reported"
