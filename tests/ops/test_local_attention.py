@@ -228,3 +228,18 @@ def test_every_head_may_have_a_radius_of_its_own():
         torch.testing.assert_close(found[:, head], alone[:, head])
     with pytest.raises(LinearizeError, match="window names 3 radii for 4 heads; give one for each head"):
         local_attention(query, key, value, window=[4, 2, 2], **options)
+
+
+@pytest.mark.parametrize("masked", ["tokens", "pooled"])
+@pytest.mark.parametrize("backend", ["naive", "halo"])
+def test_one_mask_without_the_other_leaves_the_rest_valid(backend, masked):
+    states = [torch.randn(2, 2, 38, 8, dtype=torch.float64) for _ in range(3)]
+    pooled = [torch.randn(2, 2, 3, 8, dtype=torch.float64) for _ in range(2)]
+    masks = {"tokens": torch.rand(2, 38) > 0.3, "pooled": torch.tensor([[True, False, True]] * 2)}
+    every = {"tokens": torch.ones(2, 38, dtype=torch.bool), "pooled": torch.ones(2, 3, dtype=torch.bool)}
+    both = every | {masked: masks[masked]}
+    call = {"grid": Grid(5, 7), "num_text_tokens": 3, "window": 2, "pooled_key": pooled[0], "pooled_value": pooled[1]}
+    alone = {"tokens": {"key_mask": masks["tokens"]}, "pooled": {"pooled_mask": masks["pooled"]}}[masked]
+    found = local_attention(*states, backend=backend, **call, **alone)
+    expected = local_attention(*states, backend="naive", key_mask=both["tokens"], pooled_mask=both["pooled"], **call)
+    torch.testing.assert_close(found, expected)

@@ -10,27 +10,30 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.block_tables import BLOCK, BlockTables, block_tables
-from linearize.ops.regions import Disc
+from linearize.ops.naive import naive_attention
+from linearize.ops.regions import REGIONS
 
 HEAD_DIMS = (64, 128)
 _HALF = BLOCK // 2
+# Sees whole blocks, parts of blocks and nothing of others.
+_PROBE_WINDOW = 6
 # The ring of keys and values fills what shared memory the queries leave.
 _STAGES = 2
 
 
-def planes_for(tensors: Sequence[Tensor], layout: Layout) -> list[Plane] | None:
+def planes_for(tensors: Sequence[Tensor], layout: Layout, region: str) -> list[Plane] | None:
     """Tensors [batch, heads, tokens, head_dim] as the kernel reads them, or None where it cannot compute a call.
 
     It takes whole blocks on a Hopper GPU, and tokens that lie in planes.
     """
     sides = [(grid.height % TILE[0], grid.width % TILE[1]) for grid in layout.grids]
     whole = layout.num_text_tokens % BLOCK == 0 and not any(map(any, sides))
-    if not whole or tensors[0].shape[-1] not in HEAD_DIMS or not _is_hopper(tensors[0].device):
+    head_dim = tensors[0].shape[-1]
+    if not whole or head_dim not in HEAD_DIMS or not _works(tensors[0].device, head_dim, region):
         return None
     planes = [_plane(states) for states in tensors]
     found = [plane for plane in planes if plane is not None]
@@ -38,11 +41,11 @@ def planes_for(tensors: Sequence[Tensor], layout: Layout) -> list[Plane] | None:
 
 
 @lru_cache(maxsize=16)
-def _is_hopper(device: torch.device) -> bool:
-    """Whether this is a Hopper GPU on which the kernel, written in a language that still changes, works."""
+def _works(device: torch.device, head_dim: int, region: str) -> bool:
+    """Whether this is a Hopper GPU on which the kernel, written in a language that still changes, is right."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    fault = _fault(device)
+    fault = _fault(device, head_dim, region)
     if fault is not None:
         warnings.warn(
             f"the Hopper kernel of local attention is not used, as {fault}; the portable one is", stacklevel=2
@@ -50,20 +53,20 @@ def _is_hopper(device: torch.device) -> bool:
     return fault is None
 
 
-def _fault(device: torch.device) -> str | None:
-    """Why the kernel is of no use here: it is compiled, and tried where everything sees everything."""
-    layout = Layout(BLOCK, (Grid(*TILE),), tile=TILE)
-    shape, generator = (3, 1, 1, layout.num_tokens, HEAD_DIMS[0]), torch.Generator(device).manual_seed(0)
+def _fault(device: torch.device, head_dim: int, region: str) -> str | None:
+    """Why the kernel is of no use here: it is compiled, and compared with the definition on a small picture."""
+    layout, rule = Layout(BLOCK, (Grid(2 * TILE[0], 2 * TILE[1]),), tile=TILE), REGIONS[region](_PROBE_WINDOW)
+    shape, generator = (3, 1, 1, layout.num_tokens, head_dim), torch.Generator(device).manual_seed(0)
     query, key, value = torch.randn(shape, generator=generator, device=device).bfloat16()
     output, lse, empty = torch.empty_like(query), query.new_empty(query.shape[:3]).float(), query.new_empty(0).float()
-    tables = block_tables(layout, Disc(sum(TILE)), device, size=BLOCK, other_size=BLOCK)
+    tables, scale = block_tables(layout, rule, device, size=BLOCK, other_size=BLOCK), head_dim**-0.5
     planes = [plane for plane in map(_plane, (query, key, value, output)) if plane is not None]
     try:
-        launch_forward(planes, lse, empty, empty, tables, "disc", sum(TILE), HEAD_DIMS[0] ** -0.5 * math.log2(math.e))
+        launch_forward(planes, lse, empty, empty, tables, region, _PROBE_WINDOW, scale * math.log2(math.e))
     # Which errors another version of the compiler raises is not known.
     except Exception as error:
         return f"it does not run with this triton ({type(error).__name__})"
-    expected = F.scaled_dot_product_attention(query, key, value)
+    expected = naive_attention(query, key, value, layout=layout, region=rule, scale=scale)
     return None if torch.allclose(output, expected, atol=0.05) else "its numbers are wrong with this triton"
 
 

@@ -76,8 +76,7 @@ def local_attention(
     if pooled_key is not None and pooled_value is not None:
         num_pooled = index(pooled_key.shape[2])
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
-        if key_mask is not None and pooled_mask is not None:
-            key_mask = torch.cat([key_mask, pooled_mask], dim=1)
+        key_mask = _joined_mask(key_mask, pooled_mask, query.shape[2], num_pooled)
     query, key, value = as_under_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call: dict[str, Any] = {"layout": layout, "key_mask": key_mask, "num_pooled": num_pooled}
@@ -148,6 +147,19 @@ def explain_backend(
         num_pooled=0 if pooled_key is None else pooled_key.shape[2],
         needs_grad=_needs_grad(query, key, value),
     )
+
+
+def _joined_mask(
+    key_mask: Tensor | None, pooled_mask: Tensor | None, num_tokens: int, num_pooled: int
+) -> Tensor | None:
+    """One mask of tokens and pooled keys; where one has none, all of it is valid."""
+    if key_mask is None and pooled_mask is None:
+        return None
+    given = key_mask if key_mask is not None else pooled_mask
+    assert given is not None
+    tokens = given.new_ones(len(given), num_tokens) if key_mask is None else key_mask
+    pooled = given.new_ones(len(given), num_pooled) if pooled_mask is None else pooled_mask
+    return torch.cat([tokens, pooled], dim=1)
 
 
 def _needs_grad(*states: Tensor) -> bool:

@@ -102,7 +102,7 @@ def _attention(
     query, key, value = (with_near_channels(states) for states in (query, key, value))
     output, lse = empty_token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     strided = (query, key, value, output)
-    planes = planes_for(strided, call.layout)
+    planes = planes_for(strided, call.layout, region)
     tables = call.tables(FORWARD.queries, FORWARD.keys if planes is None else BLOCK)
     results = (lse, call.partials(tables, FORWARD.queries), call.partials(tables, FORWARD.queries, 1))
     if planes is not None:
