@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+WORKERS ?= 2
 
 .PHONY: help train test test-gpu lint format clean
 
@@ -15,8 +16,8 @@ help:  ## Show the commands.
 train: $(STAMP)  ## Distil the default student (ARGS="mixer=clear window=16" overrides the configuration).
 	$(BIN)/python train.py $(ARGS)
 
-test: $(STAMP)  ## Run the tests (ARGS="tests/test_export.py -x" narrows them).
-	$(BIN)/python -m pytest --durations=15 $(ARGS)
+test: $(STAMP)  ## Run the tests, in two processes (ARGS="tests/test_export.py -x" narrows them, WORKERS=0 runs them in one).
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --durations=15 $(ARGS)
 
 test-gpu: $(STAMP)  ## Run the tests that need a GPU.
 	$(BIN)/python -m pytest -m gpu $(ARGS)
