@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,20 +33,30 @@ class LoraSettings:
     dropout: float = 0.0
     targets: tuple[str, ...] = PROJECTIONS
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LoraSettings:
+        """Reads and checks a config, whose targets are a list or one name.
+
+        Raises:
+            LinearizeError: A value is none of its choices.
+        """
+        targets = config["targets"]
+        return cls(**{**config, "targets": tuple(targets) if isinstance(targets, list) else (targets,)})
+
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise LinearizeError(f"adapter.rank={self.rank} is no rank: give a whole number, 1 or more.")
-        if self.alpha <= 0:
-            raise LinearizeError(f"adapter.alpha={self.alpha} switches the adapters off: give a number above 0.")
-        if not 0 <= self.dropout < 1:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
+            raise LinearizeError(f"adapter.alpha={self.alpha} is no scale of an adapter: give a number above 0.")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise LinearizeError(
                 f"adapter.dropout={self.dropout} is no share: give a number from 0 up to, not with, 1."
             )
         unknown = [target for target in self.targets if target not in PROJECTIONS]
         if unknown or not self.targets:
             raise LinearizeError(
-                f"adapter.targets=[{', '.join(self.targets)}] has no projections of an attention layer: choose from "
-                f"{', '.join(PROJECTIONS)}."
+                f"adapter.targets=[{', '.join(map(str, self.targets))}] has no projections of an attention layer: "
+                f"choose from {', '.join(PROJECTIONS)}."
             )
 
     def __str__(self) -> str:

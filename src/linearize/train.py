@@ -173,9 +173,7 @@ def build_module(
     if not 0 <= cfg.ema_decay < 1:
         raise LinearizeError(f"ema_decay={cfg.ema_decay} is no decay: give a number from 0 up to, not including, 1.")
     transformer = teacher.pipeline.transformer
-    adapter = (
-        None if cfg.adapter is None else LoraSettings(**{**plain(cfg.adapter), "targets": tuple(cfg.adapter.targets)})
-    )
+    adapter = None if cfg.adapter is None else LoraSettings.from_config(plain(cfg.adapter))
     student = share_student(transformer, rules, adapter)
     if (
         min(teacher.backbone.shape(site).head_dim for site in teacher.backbone.sites(student).values())

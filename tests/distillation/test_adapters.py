@@ -161,15 +161,24 @@ def test_targets_are_those_that_the_mixers_train(teacher: FluxTransformer2DModel
     ("settings", "words"),
     [
         ({"rank": 0}, "rank=0 is no rank"),
-        ({"alpha": 0.0}, "alpha=0.0 switches"),
+        ({"rank": "four"}, "rank=four is no rank"),
+        ({"alpha": 0.0}, "alpha=0.0 is no scale"),
+        ({"alpha": "much"}, "alpha=much is no scale of an adapter: give a number above 0"),
         ({"dropout": 1.0}, "dropout=1.0 is no share"),
-        ({"targets": ("to_q", "to_x")}, r"targets=\[to_q, to_x\].*choose from to_q, to_k"),
-        ({"targets": ()}, r"targets=\[\]"),
+        ({"dropout": "some"}, "dropout=some is no share: give a number from 0"),
+        ({"targets": ["to_q", "to_x"]}, r"targets=\[to_q, to_x\].*choose from to_q, to_k"),
+        ({"targets": []}, r"targets=\[\]"),
+        ({"targets": "to_x"}, r"targets=\[to_x\].*choose from to_q, to_k"),
+        ({"targets": [1, None]}, r"targets=\[1, None\]"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(LinearizeError, match=words):
-        LoraSettings(**settings)
+        LoraSettings.from_config({"targets": ["to_q"], **settings})
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    assert LoraSettings.from_config({"rank": 2, "targets": "to_q"}) == LoraSettings(rank=2, targets=("to_q",))
 
 
 def test_a_whole_run_with_adapters(tiny_flux_folder: Path, tmp_path: Path) -> None:

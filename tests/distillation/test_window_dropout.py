@@ -143,6 +143,11 @@ def test_mistakes(make_module: MakeModule) -> None:
         make_module("clear", window=2, options={"window_dropout": WindowDropout(0.5)})
     with pytest.raises(LinearizeError, match=r"window_dropout\.final_probability=1\.5 is no probability"):
         WindowDropout(0.5, 1.5)
+    for value in ("half", None, True, float("nan")):
+        with pytest.raises(
+            LinearizeError, match=f"window_dropout.probability={value} is no probability: give a number"
+        ):
+            WindowDropout(value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

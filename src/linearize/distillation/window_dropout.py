@@ -31,7 +31,9 @@ class WindowDropout:
 
     def __post_init__(self) -> None:
         for name, value in (("probability", self.probability), ("final_probability", self.final_probability)):
-            if value is not None and not 0 <= value <= 1:
+            if value is None and name == "final_probability":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise LinearizeError(f"window_dropout.{name}={value} is no probability: give a number from 0 to 1.")
 
     @property
