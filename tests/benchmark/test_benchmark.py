@@ -99,10 +99,15 @@ def test_compiled_models_are_measured_after_their_parity(teacher):
     assert rows["dense_own_block"]["parity_error"] < 1e-5
     assert rows["attention_removed"]["parity_error"] is None
     assert "median_seconds" not in rows["refused"] and "natten" in rows["refused"]["error"]
-    earlier = [{"model": "teacher", "size": 64, "median_seconds": 1.0}, rows["dense_own_block"]]
-    again = {"sizes": [64], "students": {}, "baselines": ["dense_own_block"], "earlier": earlier}
-    (row,) = model_rows(teacher, compiled, kind="transformer", **again)
-    assert row["ratio_to_teacher"] == 1 / row["median_seconds"] and "parity_error" not in row
+    earlier = [{"model": "teacher", "size": 64, "batch": 1, "median_seconds": 1.0}, rows["dense_own_block"]]
+    again = {"sizes": [64], "students": {}, "baselines": ["dense_own_block"]}
+    (row,) = model_rows(teacher, compiled, kind="transformer", **again, earlier=earlier)
+    assert row["ratio_to_teacher"] == 1 / row["median_seconds"] and row["parity_error"] < 1e-5
+    (row,) = model_rows(teacher, compiled, kind="transformer", **again, earlier=earlier[1:])
+    assert row["ratio_to_teacher"] == 1
+    earlier[1] |= {"size": 32}
+    (row,) = model_rows(teacher, compiled, kind="transformer", **again, earlier=earlier)
+    assert "parity_error" not in row
 
 
 def test_removed_attention_keeps_query_and_key(teacher):
@@ -199,7 +204,15 @@ def test_a_run_leaves_json_page_and_plot(tmp_path):
     assert "| side | pass | window | dense | halo |" in page and "(1x)" in page
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
     cfg.extend = True
-    assert benchmark(cfg)["rows"][:8] == result["rows"]
+    cfg.attention.sides, cfg.attention.passes = [12, 5], ["forward"]
+    again = benchmark(cfg)["rows"]
+    subjects = [[(row["kernel"], row["side"], row["pass"]) for row in rows] for rows in (result["rows"], again)]
+    assert subjects[1] == [*subjects[0], ("dense", 5, "forward"), ("halo", 5, "forward")]
+    is_new = [row != older for row, older in zip(again, result["rows"], strict=False)]
+    assert is_new == [(side, kind) == (12, "forward") for _, side, kind in subjects[0]]
+    assert json.loads((tmp_path / "layer.json").read_text())["rows"] == json.loads(json.dumps(again))
+    cfg.attention.batch = 2
+    assert len(benchmark(cfg)["rows"]) == len(again) + 4
     cfg.suite = "scans"
     with pytest.raises(LinearizeError, match="extend=true finds another suite"):
         benchmark(cfg)

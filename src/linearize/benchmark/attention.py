@@ -98,13 +98,13 @@ def attention_rows(
         for kind in passes:
             dense_seconds: float | None = None
             for name, kernel in DENSE_KERNELS[sizes.device.type].items():
-                row: dict[str, Any] = {"kernel": name, "side": side, "pass": kind, "window": None}
+                row: dict[str, Any] = {"kernel": name, "side": side, "pass": kind, "window": None, "batch": sizes.batch}
                 row |= _time(sizes, _dense_call(kernel), states, kind)
                 dense_seconds = dense_seconds or row.get("median_seconds")
                 yield row | _dense_rate(sizes, grid, row) | _ratio(dense_seconds, row)
             for window in windows:
                 for name in backends:
-                    row = {"kernel": name, "side": side, "pass": kind, "window": window}
+                    row = {"kernel": name, "side": side, "pass": kind, "window": window, "batch": sizes.batch}
                     reason = _refusal(sizes, grid, window, name, states, kind)
                     if reason is None and (name, window) not in checked:
                         checked[name, window] = _checked(sizes, window, name, seed)

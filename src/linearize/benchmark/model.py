@@ -67,7 +67,8 @@ def model_rows(
         sizes: Sides of square pictures in pixels.
         students: Students by name, see `student_of`.
         baselines: Of `BASELINES`.
-        earlier: Rows of an earlier run of the same code: their parity holds, and what they compare with does too.
+        earlier: Rows of an earlier run of the same code: their parity holds, and what they compare with does too,
+            where it is not measured again.
 
     Yields:
         One row for each model and size, with `ratio_to_teacher`, which is to the first that was measured at that size,
@@ -81,13 +82,16 @@ def model_rows(
         raise LinearizeError(f"model.baselines names {unknown[0]!r}: choose from {', '.join(BASELINES)}.")
     subjects: dict[str, Callable[[nn.Module], nn.Module]] = {name: BASELINES[name] for name in baselines}
     subjects |= {name: partial(student_of, rule=rule) for name, rule in students.items()}
-    checked = {row["model"] for row in earlier if row.get("parity_error") is not None}
+    again = {(name, size, settings.batch) for name in subjects for size in sizes}
+    lasting = [row for row in earlier if (row["model"], row["size"], row["batch"]) not in again]
+    checked = {row["model"] for row in lasting if row.get("parity_error") is not None}
     for size in sizes:
-        dense = next(
-            (row["median_seconds"] for row in earlier if row["size"] == size and "median_seconds" in row), None
-        )
+        measured = [row for row in earlier if (row["size"], row["batch"]) == (size, settings.batch)]
+        timed = [row for row in measured if "median_seconds" in row]
+        dense: float | None = timed[0]["median_seconds"] if timed and timed[0]["model"] not in subjects else None
         for name, build in subjects.items():
-            row = {"model": name, "size": size, **_measure(teacher, settings, kind, size, build, name not in checked)}
+            row: dict[str, Any] = {"model": name, "size": size, "batch": settings.batch}
+            row |= _measure(teacher, settings, kind, size, build, name not in checked)
             if row.get("parity_error") is not None:
                 checked.add(name)
             seconds = row.get("median_seconds")

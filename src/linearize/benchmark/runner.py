@@ -37,6 +37,7 @@ _COLUMNS = {
     "pixels": ("size", None),
     "pass": ("pass", None),
     "window": ("window", None),
+    "batch": ("batch", None),
     "ms": ("median_seconds", 1000),
     "GiB": ("peak_memory_gib", 1),
     "GiB loaded": ("memory_after_loading_gib", 1),
@@ -55,13 +56,15 @@ _COLUMNS = {
     "parity error": ("parity_error", 1),
     "error": ("error", None),
 }
+# What is measured, of all fields of a row; the others tell how it went.
+_SUBJECT = ("kernel", "model", "mixer", "side", "size", "pass", "window", "batch")
 
 
 def benchmark(cfg: DictConfig) -> dict[str, Any]:
     """Measures one suite, prints a table and writes `<out>.json`, `<out>.md` and, for some suites, `<out>.png`.
 
     All of it is there after every row, so that what was measured outlives a run that is stopped. With `cfg.extend` the
-    rows of an earlier file come first.
+    rows of an earlier file come first; one that is measured again takes the place of its row there.
 
     Returns:
         The content of the JSON file: the rows, and the machine, versions, commit, command and configuration.
@@ -85,13 +88,19 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     }
     if cfg.extend:
         _extend(result, out.with_suffix(".json"))
+    measured = {_subject(row): row for row in result["rows"]}
     for row in _shown(rows_of(cfg, device, list(result["rows"]))):
-        result["rows"].append(row)
+        measured[_subject(row)] = row
+        result["rows"] = list(measured.values())
         _write(result, out)
     # Every row has been told; side by side they fit a terminal.
     rows = result["rows"]
     Console().print(_table(cfg.suite, *(comparison(rows) if cfg.suite in PLOTS else _cells(rows))))
     return result
+
+
+def _subject(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _SUBJECT)
 
 
 def _write(result: Mapping[str, Any], out: Path) -> None:

@@ -124,7 +124,7 @@ def scan_rows(
     for side in sides:
         for name in kernels:
             for kind in passes:
-                row = {"kernel": name, "side": side, "pass": kind, "window": None}
+                row = {"kernel": name, "side": side, "pass": kind, "window": None, "batch": sizes.batch}
                 row |= checked[name, kind]
                 if name == COMPLEMENT:
                     row["window"] = sizes.window

@@ -84,7 +84,7 @@ def train_rows(
         settings: How.
         sizes: Sides of square pictures in pixels.
         recipes: Fields of `Recipe` by name.
-        earlier: Rows of an earlier run of the same code, whose first is the first of all.
+        earlier: Rows of an earlier run of the same code, whose first, if not measured again, is the first of all.
 
     Yields:
         One row for each recipe and size, with `samples_per_second`, `ratio_to_first`, the memory before the first step,
@@ -95,10 +95,11 @@ def train_rows(
     """
     built = {name: _recipe(name, fields) for name, fields in recipes.items()}
     for size in sizes:
-        measured = [row for row in earlier if row["size"] == size and "samples_per_second" in row]
-        first: float | None = measured[0]["samples_per_second"] if measured else None
+        measured = [row for row in earlier if (row["size"], row["batch"]) == (size, settings.batch)]
+        timed = [row for row in measured if "samples_per_second" in row]
+        first: float | None = timed[0]["samples_per_second"] if timed and timed[0]["model"] not in built else None
         for name, recipe in built.items():
-            row = {"model": name, "size": size, **_measure(teacher, settings, recipe, size)}
+            row = {"model": name, "size": size, "batch": settings.batch, **_measure(teacher, settings, recipe, size)}
             _forget()
             if "samples_per_second" in row:
                 first = first or row["samples_per_second"]
@@ -181,7 +182,7 @@ def _measure(teacher: Teacher, settings: TrainSettings, recipe: Recipe, size: in
         return {"error": str(error)}
     except torch.OutOfMemoryError:
         return {"error": "out of memory: choose a smaller size or batch, or less activation_memory_gib"}
-    row |= {"memory_after_loading_gib": loaded, "batch": settings.batch, "losses": losses, "last_loss": losses[-1]}
+    row |= {"memory_after_loading_gib": loaded, "losses": losses, "last_loss": losses[-1]}
     row |= {"trained_parameters": sum(value.numel() for value in trained.values())}
     if "median_seconds" in row:
         row["samples_per_second"] = settings.batch / row["median_seconds"]
