@@ -58,6 +58,24 @@ def test_no_other_weight_of_the_linear_branch_is_nearer_to_the_teacher(name, kno
         assert (errors(found + away) >= least * (1 - 1e-12)).all()
 
 
+@pytest.mark.parametrize("name", ["care", "groupmamba"])
+@pytest.mark.parametrize(
+    ("text", "valid"), [("exact", slice(0)), ("exact", LAYOUT.text_slice), ("state", slice(0))], ids=str
+)
+def test_a_sample_without_a_valid_key_leaves_the_fit_to_the_others(name, text, valid):
+    inputs = [states.detach() for states in random_tokens(LAYOUT)]
+    key_mask = torch.ones(2, LAYOUT.num_tokens, dtype=torch.bool)
+    key_mask[1] = False
+    key_mask[1, valid] = True
+    key_mask[0, LAYOUT.image_slice.start + 7] = False
+    both, alone = (build_mixer(name, SHAPE, {"text": text}).double() for _ in range(2))
+    alone.load_state_dict(both.state_dict())
+    both.calibrate(*inputs, flux_context(LAYOUT, key_mask))
+    alone.calibrate(*(states[:1] for states in inputs), flux_context(LAYOUT, key_mask[:1]))
+    for key, value in both.state_dict().items():
+        torch.testing.assert_close(value, alone.state_dict()[key], msg=key)
+
+
 @pytest.mark.parametrize("knobs", [{"variant": "paper"}, {"branches": "window"}])
 @pytest.mark.parametrize("name", ["lolcats", "sla"])
 def test_what_has_no_weight_keeps_its_parameters(name, knobs):

@@ -98,9 +98,9 @@ class FittedMixer(JointMixer):
             if exact is not None:
                 share = (self._log_mass(tokens) - exact.log_mass).sigmoid()
                 target = target - (1 - share) * exact.output
-        ones = torch.ones_like(features[..., :1])
-        rows = torch.cat([features, ones], dim=-1).flatten(0, 1)
-        for head, (weights, wanted) in enumerate(zip(share.unbind(1), target.unbind(1), strict=True)):
+        counted = self._counted(tokens)
+        rows = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)[counted].flatten(0, 1)
+        for head, (weights, wanted) in enumerate(zip(share[counted].unbind(1), target[counted].unbind(1), strict=True)):
             fitted = ridge(rows * weights.flatten(0, 1), wanted.flatten(0, 1), READ_OUT_RIDGE)
             channels = slice(head * self.shape.head_dim, (head + 1) * self.shape.head_dim)
             self.read_out.weight[channels] = fitted[:-1].T.to(self.read_out.weight)
@@ -124,12 +124,18 @@ class FittedMixer(JointMixer):
             key_mask=tokens.mask_of(image),
         )
         assert part is not None
-        wanted = part.log_mass - self._log_num_keys(tokens)
-        rows = torch.cat([tokens.query[:, :, image], torch.ones_like(wanted)], dim=-1)
+        counted = self._counted(tokens)
+        wanted = (part.log_mass - self._log_num_keys(tokens))[counted]
+        rows = torch.cat([tokens.query[counted][:, :, image], torch.ones_like(wanted)], dim=-1)
         for head, (row, one) in enumerate(zip(rows.unbind(1), wanted.unbind(1), strict=True)):
             fitted = ridge(row.flatten(0, 1), one.flatten(0, 1), MASS_RIDGE)[:, 0]
             self.mass_weight[head] = fitted[:-1].to(self.mass_weight)
             self.log_scale[head] = fitted[-1].to(self.log_scale)
+
+    def _counted(self, tokens: Tokens) -> slice | Tensor:
+        """The samples to fit to: those with a valid key to have features of, for without one there is no mass."""
+        mask = tokens.mask_of(slice(None) if self.text == "state" else tokens.image)
+        return slice(None) if mask is None else mask.any(dim=1)
 
     def _read(self, features: Tensor) -> Tensor:
         """W f + b in heads, [batch, heads, tokens, head_dim]."""
