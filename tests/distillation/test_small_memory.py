@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distillation.conftest import MakeModule
 from linearize.distillation.adamw8bit import AdamW8bit, dynamic_codes
 from linearize.distillation.in_backward import StepInBackward
 from linearize.errors import LinearizeError
@@ -61,6 +62,23 @@ def test_codes_are_sorted_and_fine(signed: bool) -> None:
     large = torch.rand(1000) * 0.9 + 0.1
     nearest = (large[:, None] - codes).abs().min(dim=1).values
     assert (nearest / large).max() < (0.08 if signed else 0.04)
+
+
+def test_the_bytes_of_moments_are_known_before_the_first_step(make_module: MakeModule) -> None:
+    sizes = [(100, 77), (64, 64), (7, 3), (4095,)]
+    parameters = [nn.Parameter(torch.ones(size)) for size in sizes]
+    optimizer = AdamW8bit(parameters)
+    expected = optimizer.moment_bytes()
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert sum(value.nbytes for value in states) == expected
+    module = make_module("clear", window=2)
+    module.make_optimizer = AdamW8bit
+    module.build_optimizer()
+    gradients = sum(value.nbytes for value in module.trained.values())
+    assert module.activations.pending_bytes() == gradients + module._optimizer.moment_bytes()
 
 
 def test_moments_take_a_byte_a_number_and_survive_a_state_dict() -> None:

@@ -54,6 +54,14 @@ class AdamW8bit(Optimizer):
                     self._update(parameter, parameter.grad.float(), group)
         return loss
 
+    def moment_bytes(self) -> int:
+        """Bytes of both moments of all parameters, once each has taken a step."""
+        sizes = [parameter.numel() for group in self.param_groups for parameter in group["params"]]
+        block_bytes = BLOCK + torch.float32.itemsize
+        return 2 * sum(
+            size * torch.float32.itemsize if size < _SMALLEST else -(-size // BLOCK) * block_bytes for size in sizes
+        )
+
     def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from linearize.backbones import Backbone, find_backbone
 from linearize.compilation import compile_blocks
 from linearize.distillation.activations import ActivationBudget
+from linearize.distillation.adamw8bit import AdamW8bit
 from linearize.distillation.ema import ExponentialMovingAverage
 from linearize.distillation.in_backward import StepInBackward
 from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_noise
@@ -104,14 +105,14 @@ class DistillationModule(lightning.LightningModule):
                 )
 
     def _pending_bytes(self) -> int:
-        """Bytes that the step will still allocate: gradients, and at first the two moments of AdamW."""
+        """Bytes that the step will still allocate: gradients, and at first two moments, as AdamW keeps them."""
         gradients = sum(value.nbytes for value in self.trained.values() if value.grad is None)
         gradients = 0 if self.optimizer_in_backward else gradients
-        return (
-            gradients
-            if self._optimizer is not None and self._optimizer.state
-            else gradients + 2 * sum(value.nbytes for value in self.trained.values())
-        )
+        if self._optimizer is not None and self._optimizer.state:
+            return gradients
+        if isinstance(self._optimizer, AdamW8bit):
+            return gradients + self._optimizer.moment_bytes()
+        return gradients + 2 * sum(value.nbytes for value in self.trained.values())
 
     def train(self, mode: bool = True) -> "DistillationModule":
         """Sets the student's mode; the teacher always stays in evaluation mode."""
