@@ -50,8 +50,9 @@ def halo_attention(
     """
     tables = halo_tables(layout, region, num_pooled, value.dtype, query.device)
     key, value = match_heads(key, query), match_heads(value, query)
-    # Token-major: a gathered token is one run of heads x head_dim numbers, as projections write them.
-    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    # Token-major: a gathered token is one run of heads x head_dim numbers, as projections write them. Tensors that are
+    # not are copied here once, or else by every gather.
+    query, key, value = (states.transpose(1, 2).contiguous() for states in (query, key, value))
     outputs = [_text_outputs(query, key, value, layout, scale, key_mask)] if layout.num_text_tokens else []
     key_indices = [batch.key_index for batch in tables.batches]
     queries = _gather(query, [batch.query_index for batch in tables.batches])
