@@ -18,16 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from linearize.ops.triton_blocks import BLOCK_FIELDS, ENTRY_FIELDS, FAR, SEGMENT_FIELDS, WIDTH
+
 # Gluon is young: triton 3.9 gives these other names.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-_WIDTH = gl.constexpr(16)
-_SEGMENT_FIELDS = gl.constexpr(5)
-_ENTRY_FIELDS = gl.constexpr(4)
-_BLOCK_FIELDS = gl.constexpr(9)
-_FAR = gl.constexpr(1e30)
 
 
 @gluon.jit
@@ -62,7 +58,7 @@ def _copy(
         stage = (i - begin) % STAGES
         # Barriers count rounds of the ring; the first round finds it empty.
         free = (((i - begin) // STAGES) & 1) ^ 1
-        start = gl.load(entries + i * _ENTRY_FIELDS + 1)
+        start = gl.load(entries + i * ENTRY_FIELDS + 1)
         mbarrier.wait(key_empty.index(stage), free)
         mbarrier.expect(key_full.index(stage), key.block_type.nbytes)
         _load(key, [key_row + start, key_column], key_full.index(stage), keys.index(stage))
@@ -84,18 +80,18 @@ def _hide(scores, blocks, entry, own_top, own_left, window, REGION: gl.constexpr
     query_slot = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)), 1)
     key_slot = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT)), 0)
     if REGION == "neighborhood":
-        at = blocks + gl.load(entry) * _BLOCK_FIELDS
+        at = blocks + gl.load(entry) * BLOCK_FIELDS
         height, width = gl.load(at + 7), gl.load(at + 8)
-        down = key_slot // _WIDTH + top - _nearest(query_slot // _WIDTH + own_top, window, height)
-        right = key_slot % _WIDTH + left - _nearest(query_slot % _WIDTH + own_left, window, width)
+        down = key_slot // WIDTH + top - _nearest(query_slot // WIDTH + own_top, window, height)
+        right = key_slot % WIDTH + left - _nearest(query_slot % WIDTH + own_left, window, width)
         inside = (down >= 0) & (down < gl.minimum(2 * window - 1, height))
         sees = inside & (right >= 0) & (right < gl.minimum(2 * window - 1, width))
-        return gl.where(sees, scores, -_FAR)
-    down = (query_slot // _WIDTH + (own_top - top) - key_slot // _WIDTH).to(gl.float32)
-    right = (query_slot % _WIDTH + (own_left - left) - key_slot % _WIDTH).to(gl.float32)
+        return gl.where(sees, scores, -FAR)
+    down = (query_slot // WIDTH + (own_top - top) - key_slot // WIDTH).to(gl.float32)
+    right = (query_slot % WIDTH + (own_left - left) - key_slot % WIDTH).to(gl.float32)
     # One term depends on rows alone and one on columns, so each is shared by many pairs.
     room = (window * window).to(gl.float32) - 0.5 - down * down
-    return gl.minimum(scores, room * _FAR - right * right * _FAR)
+    return gl.minimum(scores, room * FAR - right * right * FAR)
 
 
 @gluon.jit
@@ -147,7 +143,7 @@ def _steps(
         scores = warpgroup_mma_wait(1, deps=[pending])
         mbarrier.arrive(key_empty.index(stage))
         if MASKED:
-            scores = _hide(scores, blocks, entries + i * _ENTRY_FIELDS, own_top, own_left, window, REGION, SCORES)
+            scores = _hide(scores, blocks, entries + i * ENTRY_FIELDS, own_top, own_left, window, REGION, SCORES)
         new, peak, total, decay = _softmax(scores, peak, total, scale)
         new = gl.convert_layout(new.to(values.dtype), WEIGHTS)
         mbarrier.wait(key_full.index((i + 1 - begin) % STAGES), ((i + 1 - begin) // STAGES) & 1, pred=i + 1 < end)
@@ -200,7 +196,7 @@ def _consume(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     query = queries.index(half)
-    own_top += half * (64 // _WIDTH)
+    own_top += half * (64 // WIDTH)
     # Far below any score, and far above what `_hide` makes of one.
     peak = gl.full([64], -1e8, gl.float32, ROWS)
     total = gl.zeros([64], gl.float32, ROWS)
@@ -213,7 +209,7 @@ def _consume(
     scores = warpgroup_mma_wait(0, deps=[pending])
     mbarrier.arrive(key_empty.index(0))
     if begin >= masked:
-        scores = _hide(scores, blocks, entries + begin * _ENTRY_FIELDS, own_top, own_left, window, REGION, SCORES)
+        scores = _hide(scores, blocks, entries + begin * ENTRY_FIELDS, own_top, own_left, window, REGION, SCORES)
     new, peak, total, _ = _softmax(scores, peak, total, scale)
     weights = gl.convert_layout(new.to(values.dtype), WEIGHTS)
     mbarrier.wait(key_full.index(1 % STAGES), 1 // STAGES, pred=begin + 1 < end)
@@ -294,11 +290,11 @@ def forward_kernel(
     is_text = program < num_text_segments * lanes
     nth = gl.where(is_text, program, program - num_text_segments * lanes)
     length = gl.where(is_text, num_text_segments, num_segments - num_text_segments)
-    at = segments + (gl.where(is_text, 0, num_text_segments) + nth % length) * _SEGMENT_FIELDS
+    at = segments + (gl.where(is_text, 0, num_text_segments) + nth % length) * SEGMENT_FIELDS
     lane = nth // length
     batch, head = lane // num_heads, lane % num_heads
     unit, begin, masked, end, place = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4)
-    block = blocks + unit * _BLOCK_FIELDS
+    block = blocks + unit * BLOCK_FIELDS
     start, top, left = gl.load(block), gl.load(block + 1), gl.load(block + 2)
 
     queries = gl.allocate_shared_memory(query.dtype, [2, 64, D], query.layout)

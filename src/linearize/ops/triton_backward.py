@@ -8,7 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.ops.triton_blocks import FAR, entry_at, score_limit, tokens_of, unit_at, work_of_program
+from linearize.ops.triton_blocks import (
+    entry_at,
+    hide_unseen,
+    load_rows,
+    score_limit,
+    tokens_of,
+    unit_at,
+    work_of_program,
+)
 
 
 @triton.jit
@@ -31,12 +39,11 @@ def delta_kernel(
     lane = tl.program_id(1)
     batch, head = (lane // num_heads).to(tl.int64), (lane % num_heads).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    channel = tl.arange(0, D)
     exists = token < num_tokens
     output += batch * output_batch + head * output_head
     gradient += batch * gradient_batch + head * gradient_head
-    states = tl.load(output + token[:, None] * output_token + channel[None, :], mask=exists[:, None], other=0.0)
-    slopes = tl.load(gradient + token[:, None] * gradient_token + channel[None, :], mask=exists[:, None], other=0.0)
+    states = load_rows(output, token, output_token, exists, D, True)
+    slopes = load_rows(gradient, token, gradient_token, exists, D, True)
     products = states.to(tl.float32) * slopes.to(tl.float32)
     tl.store(delta + lane.to(tl.int64) * num_tokens + token, tl.sum(products, 1), mask=exists)
 
@@ -56,7 +63,6 @@ def _query_slopes(
     entries,
     begin,
     end,
-    unit,
     own_top,
     own_left,
     window,
@@ -69,24 +75,16 @@ def _query_slopes(
     N: tl.constexpr,
 ):
     """Adds the share of keys in entries [begin, end) to the gradient of queries."""
-    channel = tl.arange(0, D)
     for i in tl.range(begin, end):
         other, start, top, left = entry_at(entries, i)
         token, exists = tokens_of(blocks, other, start, N, WHOLE or not MASKED)
-        key_at = key_base + token[:, None] * key_token + channel[None, :]
-        value_at = value_base + token[:, None] * value_token + channel[None, :]
-        if MASKED and not WHOLE:
-            key = tl.load(key_at, mask=exists[:, None], other=0.0)
-            value = tl.load(value_at, mask=exists[:, None], other=0.0)
-        else:
-            key, value = tl.load(key_at), tl.load(value_at)
+        key = load_rows(key_base, token, key_token, exists, D, MASKED and not WHOLE)
+        value = load_rows(value_base, token, value_token, exists, D, MASKED and not WHOLE)
         scores = tl.dot(query, tl.trans(key))
         if MASKED:
-            scores = tl.minimum(
-                scores, score_limit(blocks, other, own_top, own_left, top, left, window, M, N, REGION, False)
+            scores = hide_unseen(
+                scores, blocks, other, own_top, own_left, top, left, exists, window, M, N, REGION, WHOLE
             )
-            if not WHOLE:
-                scores = tl.where(exists[None, :], scores, -FAR)
         weights = tl.exp2(scores * scale - lse[:, None])
         slopes = weights * (tl.dot(gradient, tl.trans(value)) - delta[:, None])
         acc = tl.dot(slopes.to(key.dtype), key, acc)
@@ -143,22 +141,20 @@ def query_gradient_kernel(
     start, top, left = unit_at(blocks, unit, M)
     token, exists = tokens_of(blocks, unit, start, M, WHOLE)
     channel = tl.arange(0, D)
-    query_at = query + batch * query_batch + head * query_head + token[:, None] * query_token + channel[None, :]
-    gradient_at = (
-        gradient + batch * gradient_batch + head * gradient_head + token[:, None] * gradient_token + channel[None, :]
-    )
-    states = tl.load(query_at, mask=exists[:, None], other=0.0)
-    slopes = tl.load(gradient_at, mask=exists[:, None], other=0.0)
+    query += batch * query_batch + head * query_head
+    gradient += batch * gradient_batch + head * gradient_head
+    states = load_rows(query, token, query_token, exists, D, True)
+    slopes = load_rows(gradient, token, gradient_token, exists, D, True)
     row_lse = tl.load(lse + lane.to(tl.int64) * num_tokens + token, mask=exists, other=float("inf"))
     row_delta = tl.load(delta + lane.to(tl.int64) * num_tokens + token, mask=exists, other=0.0)
     acc = tl.zeros([M, D], tl.float32)
     acc = _query_slopes(
         acc, states, slopes, row_lse, row_delta, key, value, key_token, value_token, blocks, entries, begin, masked,
-        unit, top, left, window, scale, False, REGION, WHOLE, D, M, N,
+        top, left, window, scale, False, REGION, WHOLE, D, M, N,
     )  # fmt: skip
     acc = _query_slopes(
         acc, states, slopes, row_lse, row_delta, key, value, key_token, value_token, blocks, entries, masked, end,
-        unit, top, left, window, scale, True, REGION, WHOLE, D, M, N,
+        top, left, window, scale, True, REGION, WHOLE, D, M, N,
     )  # fmt: skip
     acc *= softmax_scale
     if place < 0:
@@ -199,19 +195,15 @@ def _key_slopes(
     N: tl.constexpr,
 ):
     """Adds the share of queries in entries [begin, end) to the gradients of keys and values; all is [keys, queries]."""
-    channel = tl.arange(0, D)
     for i in tl.range(begin, end):
         other, start, top, left = entry_at(entries, i)
         token, exists = tokens_of(blocks, other, start, M, WHOLE or not MASKED)
-        query_at = query_base + token[:, None] * query_token + channel[None, :]
-        gradient_at = gradient_base + token[:, None] * gradient_token + channel[None, :]
+        query = load_rows(query_base, token, query_token, exists, D, MASKED and not WHOLE)
+        gradient = load_rows(gradient_base, token, gradient_token, exists, D, MASKED and not WHOLE)
         if MASKED and not WHOLE:
-            query = tl.load(query_at, mask=exists[:, None], other=0.0)
-            gradient = tl.load(gradient_at, mask=exists[:, None], other=0.0)
             column_lse = tl.load(lse + token, mask=exists, other=float("inf"))
             column_delta = tl.load(delta + token, mask=exists, other=0.0)
         else:
-            query, gradient = tl.load(query_at), tl.load(gradient_at)
             column_lse, column_delta = tl.load(lse + token), tl.load(delta + token)
         scores = tl.dot(key, tl.trans(query))
         if MASKED:
@@ -278,10 +270,10 @@ def key_gradient_kernel(
     start, top, left = unit_at(blocks, unit, N)
     token, exists = tokens_of(blocks, unit, start, N, WHOLE)
     channel = tl.arange(0, D)
-    key_at = key + batch * key_batch + head * key_head + token[:, None] * key_token + channel[None, :]
-    value_at = value + batch * value_batch + head * value_head + token[:, None] * value_token + channel[None, :]
-    keys = tl.load(key_at, mask=exists[:, None], other=0.0)
-    values = tl.load(value_at, mask=exists[:, None], other=0.0)
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    keys = load_rows(key, token, key_token, exists, D, True)
+    values = load_rows(value, token, value_token, exists, D, True)
     key_acc = tl.zeros([N, D], tl.float32)
     value_acc = tl.zeros([N, D], tl.float32)
     key_acc, value_acc = _key_slopes(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.ops.triton_blocks import FAR, entry_at, score_limit, tokens_of, unit_at, work_of_program
+from linearize.ops.triton_blocks import entry_at, hide_unseen, load_rows, tokens_of, unit_at, work_of_program
 
 
 @triton.jit
@@ -25,7 +25,6 @@ def _attend(
     entries,
     begin,
     end,
-    unit,
     own_top,
     own_left,
     window,
@@ -43,19 +42,14 @@ def _attend(
         other, start, top, left = entry_at(entries, i)
         token, exists = tokens_of(blocks, other, start, N, WHOLE or not MASKED)
         key_at = key_base + token[None, :] * key_token + channel[:, None]
-        value_at = value_base + token[:, None] * value_token + channel[None, :]
-        if MASKED and not WHOLE:
-            key = tl.load(key_at, mask=exists[None, :], other=0.0)
-            value = tl.load(value_at, mask=exists[:, None], other=0.0)
-        else:
-            key, value = tl.load(key_at), tl.load(value_at)
+        guarded: tl.constexpr = MASKED and not WHOLE
+        key = tl.load(key_at, mask=exists[None, :], other=0.0) if guarded else tl.load(key_at)
+        value = load_rows(value_base, token, value_token, exists, D, guarded)
         scores = tl.dot(query, key)
         if MASKED:
-            scores = tl.minimum(
-                scores, score_limit(blocks, other, own_top, own_left, top, left, window, M, N, REGION, False)
+            scores = hide_unseen(
+                scores, blocks, other, own_top, own_left, top, left, exists, window, M, N, REGION, WHOLE
             )
-            if not WHOLE:
-                scores = tl.where(exists[None, :], scores, -FAR)
         new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
@@ -111,18 +105,18 @@ def forward_kernel(
     start, top, left = unit_at(blocks, unit, M)
     token, exists = tokens_of(blocks, unit, start, M, WHOLE)
     channel = tl.arange(0, D)
-    query_at = query + batch * query_batch + head * query_head + token[:, None] * query_token + channel[None, :]
-    states = tl.load(query_at) if WHOLE else tl.load(query_at, mask=exists[:, None], other=0.0)
+    query += batch * query_batch + head * query_head
+    states = load_rows(query, token, query_token, exists, D, not WHOLE)
     # Far below any score, and far above those that are hidden.
     peak = tl.full([M], -1e8, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     acc, peak, total = _attend(
-        acc, peak, total, states, key, value, key_token, value_token, blocks, entries, begin, masked, unit, top,
+        acc, peak, total, states, key, value, key_token, value_token, blocks, entries, begin, masked, top,
         left, window, scale, False, REGION, WHOLE, D, M, N,
     )  # fmt: skip
     acc, peak, total = _attend(
-        acc, peak, total, states, key, value, key_token, value_token, blocks, entries, masked, end, unit, top, left,
+        acc, peak, total, states, key, value, key_token, value_token, blocks, entries, masked, end, top, left,
         window, scale, True, REGION, WHOLE, D, M, N,
     )  # fmt: skip
     acc = acc / total[:, None]
