@@ -8,14 +8,13 @@ from linearize.backbones import find_backbone
 from linearize.surgery import linearize
 
 
-@pytest.fixture(scope="session")
-def untouched():
-    """A random FLUX transformer of two double and two single blocks; not to be changed."""
+def random_flux(num_single_layers):
+    """A random FLUX transformer of two double blocks and some single ones."""
     torch.manual_seed(0)
     return FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,
-        num_single_layers=2,
+        num_single_layers=num_single_layers,
         num_attention_heads=2,
         attention_head_dim=16,
         axes_dims_rope=(4, 6, 6),
@@ -23,6 +22,18 @@ def untouched():
         pooled_projection_dim=24,
         guidance_embeds=True,
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def untouched():
+    """A transformer of two double and two single blocks; not to be changed."""
+    return random_flux(num_single_layers=2)
+
+
+@pytest.fixture(scope="session")
+def deep():
+    """The same with three single blocks."""
+    return random_flux(num_single_layers=3)
 
 
 @pytest.fixture

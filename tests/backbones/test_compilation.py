@@ -24,23 +24,6 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.fixture(scope="module")
-def deep():
-    """A transformer of two double and three single blocks."""
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        joint_attention_dim=32,
-        pooled_projection_dim=24,
-        guidance_embeds=True,
-    ).eval()
-
-
 def compiled(transformer, mixer, *, backend="eager", **arguments):
     """A student and its compiled copy; a window's attention is its definition, the halo form being eager anyhow."""
     plain = copy.deepcopy(transformer)
