@@ -2,13 +2,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.mixers import AttentionShape, build_mixer
+from linearize.ops import offset_bias
 from linearize.ops.disc import coordinates
-from linearize.ops.offset_bias import smooth_length, weigh_by_offset, weigh_by_offset_naive
+from linearize.ops.offset_bias import (
+    convolution_flops,
+    offset_tables,
+    smooth_length,
+    weigh_by_offset,
+    weigh_by_offset_naive,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +32,22 @@ def leaves(layout, height, width):
 
 
 @settings(deadline=None, max_examples=25)
-@given(height=st.integers(1, 9), width=st.integers(1, 9), other=st.booleans())
-def test_the_transforms_equal_the_sums_and_so_do_gradients(height, width, other):
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    other=st.booleans(),
+    longest_side=st.sampled_from([0, 64]),
+    numbers=st.sampled_from([1, 10**8]),
+)
+def test_the_transforms_equal_the_sums_and_so_do_gradients(height, width, other, longest_side, numbers):
     grids = (Grid(height, width), Grid(max(1, height // 2), width)) if other else (Grid(height, width),)
     layout = Layout(0, grids)
-    inputs, places = leaves(layout, height, width), coordinates(layout)
-    outputs = [weigh(*inputs, places) for weigh in (weigh_by_offset, weigh_by_offset_naive)]
+    inputs, tables = leaves(layout, height, width), offset_tables(layout, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offset_bias, "LONGEST_SIDE", longest_side)
+        patch.setattr(offset_bias, "NUMBERS_AT_A_TIME", numbers)
+        ours = weigh_by_offset(*inputs, tables.places, tables.order)
+    outputs = [ours, weigh_by_offset_naive(*inputs, tables.places)]
     torch.testing.assert_close(*outputs, rtol=1e-11, atol=1e-11)
     gradients = [torch.autograd.grad(output.sin().sum(), inputs) for output in outputs]
     for ours, theirs in zip(*gradients, strict=True):
@@ -81,6 +99,15 @@ def test_float32_stays_near_float64_with_the_largest_bias():
     narrow = mixer(*(states.float() for states in inputs), context)
     expected = mixer.double()(*inputs, context)
     assert (narrow - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_convolution_costs_what_its_matrix_products_do():
+    layout, channels = Layout(0, (Grid(6, 9),)), 4
+    inputs = [torch.rand(1, 1, 54, 1), torch.rand(1, 1, 54, 1), torch.rand(1, 1, 54, channels), torch.rand(1, 11, 17)]
+    with FlopCounterMode(display=False) as counter:
+        weigh_by_offset(*inputs, coordinates(layout))
+    of_the_kernel = 2 * (2 * 6 * 11 * 17)
+    assert counter.get_total_flops() - of_the_kernel == channels * convolution_flops(6, 9)
 
 
 def test_the_cost_is_nearly_linear_in_tokens():

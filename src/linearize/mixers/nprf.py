@@ -11,7 +11,7 @@ from linearize.layout import Layout
 from linearize.mixers._arguments import VARIANTS, check_choice, check_number
 from linearize.mixers._random_features import RandomFeatureMixer
 from linearize.mixers.base import AttentionShape, MixerContext
-from linearize.ops.offset_bias import canvas, fourier_flops, offset_tables, weigh_by_offset
+from linearize.ops.offset_bias import canvas, convolution_flops, offset_tables, weigh_by_offset
 from linearize.ops.precision import widen
 
 # exp of twice this is far above float32's rounding, which Fourier transforms spread over the whole picture.
@@ -26,7 +26,8 @@ class NprfMixer(RandomFeatureMixer):
     with positive random features phi of query and key of unit length (here: of the length of a learned temperature),
     and a bias b of the offset between image tokens in rows and columns. e^b is a block-Toeplitz matrix, so the sums
     are convolutions of the picture by Fourier transforms: N log N in tokens, times num_features (head_dim + 1)
-    channels, which is why features are few.
+    channels, which is why features are few. Pictures of up to 64 tokens a side are transformed by matrix products,
+    N (height + width) operations, which are quicker there.
 
     The paper has one parameter for each offset, which binds a layer to a grid. Here b is a small network of
     sign(offset) log(1 + |offset|), as in Swin V2 (arXiv 2111.09883), so it is defined for every grid; it starts at 0
@@ -100,12 +101,13 @@ class NprfMixer(RandomFeatureMixer):
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `KernelMixer.weigh`."""
-        places, offsets = offset_tables(context.layout, query.device)
-        return weigh_by_offset(query, key, value, self.bias(offsets).exp().to(query.dtype), places)
+        tables = offset_tables(context.layout, query.device)
+        factor = self.bias(tables.offsets).exp().to(query.dtype)
+        return weigh_by_offset(query, key, value, factor, tables.places, tables.order)
 
     def dense_factor(self, context: MixerContext, like: Tensor) -> Tensor:
         """See `KernelMixer.dense_factor`: e^b of every pair."""
-        places, _ = offset_tables(context.layout, like.device)
+        places = offset_tables(context.layout, like.device).places
         return self.bias(places[None] - places[:, None]).exp().to(like.dtype)
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
@@ -113,5 +115,5 @@ class NprfMixer(RandomFeatureMixer):
         tokens, head_dim = layout.num_image_tokens, self.shape.head_dim
         mapped = tokens if self.text == "exact" else layout.num_tokens
         each = 4 * mapped * self.num_features * head_dim
-        each += self.num_features * (head_dim + 1) * (fourier_flops(*canvas(layout)) + 3 * tokens)
+        each += self.num_features * (head_dim + 1) * (convolution_flops(*canvas(layout)) + 3 * tokens)
         return batch * self.shape.num_heads * (each + self.text_flops(layout, self.num_features))
