@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,19 @@ from linearize.ops.feature_maps import FeatureMap, Features
 from linearize.ops.precision import has_narrow_products, widen
 from linearize.ops.rotary import rotate_features
 
+Value = TypeVar("Value")
+
+
+def _once(compute: Callable[[Any], Value]) -> Value:
+    """A property that is computed once; `functools.cached_property` has a lock, which compilers cannot trace."""
+
+    def read(tokens: Tokens) -> Value:
+        if compute.__name__ not in tokens.computed:
+            tokens.computed[compute.__name__] = compute(tokens)
+        return cast(Value, tokens.computed[compute.__name__])
+
+    return cast(Value, property(read, doc=compute.__doc__))
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -27,11 +40,13 @@ class Tokens:
             narrowed the value where it was on, but not normed query and key.
         context: The call's context.
         product_dtype: What products over many tokens are computed in; None leaves all in float32 at least.
+        computed: The properties below by name, once they are asked for.
     """
 
     given: tuple[Tensor, Tensor, Tensor]
     context: MixerContext
     product_dtype: torch.dtype | None = None
+    computed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -41,39 +56,39 @@ class Tokens:
         narrow = not wide_products and has_narrow_products(value.dtype, value.device.type)
         return cls((query, key, value), context, value.dtype if narrow else None)
 
-    @cached_property
+    @_once
     def query(self) -> Tensor:
         """[batch, heads, tokens, head_dim], in float32 at least and not rotated."""
         return widen(self.given[0])
 
-    @cached_property
+    @_once
     def key(self) -> Tensor:
         """Same, for each query head."""
         return widen(match_heads(self.given[1], self.given[0]))
 
-    @cached_property
+    @_once
     def value(self) -> Tensor:
         """Same, for each query head."""
         return widen(match_heads(self.given[2], self.given[0]))
 
-    @cached_property
+    @_once
     def given_rotated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query and key, and value, in the type of the value and with key-value heads, for softmax."""
         (query, key), value = self._rotated, self.given[2]
         return query.to(value.dtype), key.to(value.dtype), value
 
-    @cached_property
+    @_once
     def rotated(self) -> tuple[Tensor, Tensor]:
         """Query and key, rotated, in float32 at least and with a key for each query head."""
         query, key = self._rotated
         return widen(query), widen(match_heads(key, query))
 
-    @cached_property
+    @_once
     def product_value(self) -> Tensor:
         """The value as products take it, for each query head."""
         return self.value if self.product_dtype is None else match_heads(self.given[2], self.given[0])
 
-    @cached_property
+    @_once
     def product_rotated(self) -> tuple[Tensor, Tensor]:
         """Rotated query and key as products take them, with a key for each query head."""
         if self.product_dtype is None:
@@ -85,7 +100,7 @@ class Tokens:
         """A tensor of float32 or wider as products take it."""
         return states if self.product_dtype is None else states.to(self.product_dtype)
 
-    @cached_property
+    @_once
     def _rotated(self) -> tuple[Tensor, Tensor]:
         """Rotated query and key in their own types, with key-value heads."""
         return self.context.rotate(self.given[0]), self.context.rotate(self.given[1])

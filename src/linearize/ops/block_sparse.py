@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linearize.layout import Layout
 from linearize.ops.block_states import Blocks
+from linearize.ops.constant_tables import layout_table
 from linearize.ops.disc import coordinates
 from linearize.ops.linear_attention import SoftmaxPart, weigh
 from linearize.ops.products import wide_matmul
@@ -18,23 +19,19 @@ from linearize.ops.products import wide_matmul
 NUMBERS_AT_A_TIME = 2**25
 
 
-@torch.compiler.disable
+@layout_table
 @lru_cache(maxsize=64)
 def square_blocks(layout: Layout, size: int, device: torch.device) -> Blocks:
-    """Blocks of size x size tokens; those at the right and lower border may be cut, and every grid has its own.
-
-    Not to be written to, and built outside inference mode, as what sampling needed first is used for training later.
-    """
-    with torch.inference_mode(False):
-        places = coordinates(layout)[layout.tile_to_raster()]
-        parts, start, blocks = [], 0, 0
-        for grid in layout.grids:
-            rows, columns = (places[start : start + grid.num_tokens] // size).unbind(dim=1)
-            frame = torch.arange(grid.num_tokens, device="cpu") // (grid.height * grid.width)
-            in_row, in_column = -(-grid.width // size), -(-grid.height // size)
-            parts.append(blocks + (frame * in_column + rows) * in_row + columns)
-            start, blocks = start + grid.num_tokens, blocks + grid.frames * in_row * in_column
-        return Blocks.of(torch.cat(parts)[layout.raster_to_tile()], blocks).to(device)
+    """Blocks of size x size tokens; those at the right and lower border may be cut, and every grid has its own."""
+    places = coordinates(layout)[layout.tile_to_raster()]
+    parts, start, blocks = [], 0, 0
+    for grid in layout.grids:
+        rows, columns = (places[start : start + grid.num_tokens] // size).unbind(dim=1)
+        frame = torch.arange(grid.num_tokens, device="cpu") // (grid.height * grid.width)
+        in_row, in_column = -(-grid.width // size), -(-grid.height // size)
+        parts.append(blocks + (frame * in_column + rows) * in_row + columns)
+        start, blocks = start + grid.num_tokens, blocks + grid.frames * in_row * in_column
+    return Blocks.of(torch.cat(parts)[layout.raster_to_tile()], blocks).to(device)
 
 
 @torch.no_grad()

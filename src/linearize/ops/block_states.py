@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.layout import Layout
+from linearize.ops.constant_tables import layout_table
 from linearize.ops.disc import coordinates
 from linearize.ops.products import aligned, for_products, wide_matmul
 
@@ -52,16 +53,11 @@ class Blocks(NamedTuple):
         return states.flatten(2, 3).index_select(2, self.place)
 
 
-# Tables are built outside inference mode, as one that is first made while sampling is used for training later, and
-# outside compilers, which would unroll them.
-
-
-@torch.compiler.disable
+@layout_table
 @lru_cache(maxsize=64)
 def even_blocks(layout: Layout, blocks_per_side: int, device: torch.device) -> Blocks:
     """The blocks of `block_index`. Not to be written to."""
-    with torch.inference_mode(False):
-        return Blocks.of(block_index(layout, blocks_per_side), blocks_per_side**2).to(device)
+    return Blocks.of(block_index(layout, blocks_per_side), blocks_per_side**2).to(device)
 
 
 def block_index(layout: Layout, blocks_per_side: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linearize.layout import Layout
 from linearize.ops.block_states import block_index
+from linearize.ops.constant_tables import layout_table
 
 
 def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
@@ -21,24 +22,22 @@ def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
     return torch.exp(torch.matmul(first, second.transpose(-1, -2)) - distance / 2)
 
 
-@torch.compiler.disable
+@layout_table
 @lru_cache(maxsize=64)
 def landmark_index(layout: Layout, per_side: int, with_text: bool, device: torch.device) -> tuple[Tensor, int]:
     """The cell of every image token, [num_image_tokens], and the number of cells: per_side^2 for each grid.
 
-    With text it is that of every token, [num_tokens], and the text has per_side cells more, one after another. Not to
-    be written to, and built outside inference mode, as what sampling needed first is used for training later.
+    With text it is that of every token, [num_tokens], and the text has per_side cells more, one after another.
     """
-    with torch.inference_mode(False):
-        sizes = torch.tensor([grid.num_tokens for grid in layout.grids], device="cpu")
-        grid = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)[layout.raster_to_tile()]
-        index, num_cells = grid * per_side**2 + block_index(layout, per_side), len(sizes) * per_side**2
-        if with_text:
-            number = layout.num_text_tokens
-            text = num_cells + torch.arange(number, device="cpu") * per_side // max(1, number)
-            index = torch.cat([text, index] if layout.text_first else [index, text])
-            num_cells += per_side
-        return index.to(device), num_cells
+    sizes = torch.tensor([grid.num_tokens for grid in layout.grids], device="cpu")
+    grid = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)[layout.raster_to_tile()]
+    index, num_cells = grid * per_side**2 + block_index(layout, per_side), len(sizes) * per_side**2
+    if with_text:
+        number = layout.num_text_tokens
+        text = num_cells + torch.arange(number, device="cpu") * per_side // max(1, number)
+        index = torch.cat([text, index] if layout.text_first else [index, text])
+        num_cells += per_side
+    return index.to(device), num_cells
 
 
 def cell_landmarks(states: Tensor, index: Tensor, num_cells: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:

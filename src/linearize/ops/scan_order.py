@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from linearize.layout import Layout
+from linearize.ops.constant_tables import layout_table
 
 
-@torch.compiler.disable
+@layout_table
 @lru_cache(maxsize=64)
 def scan_order(layout: Layout, direction: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Index [num_image_tokens] from the layout's order to that of a scan, and back. Not to be written to.
@@ -22,21 +23,19 @@ def scan_order(layout: Layout, direction: str, device: torch.device) -> tuple[Te
         direction: "rows", row by row, or "columns", column by column.
         device: Where the indices are needed.
     """
-    # What sampling, in inference mode, needed first is used for training later.
-    with torch.inference_mode(False):
-        order = layout.tile_to_raster()
-        if direction == "columns":
-            parts = order.split([grid.num_tokens for grid in layout.grids])
-            order = torch.cat(
-                [
-                    part.view(grid.frames, grid.height, grid.width).transpose(1, 2).flatten()
-                    for grid, part in zip(layout.grids, parts, strict=True)
-                ]
-            )
-        return order.to(device), order.argsort().to(device)
+    order = layout.tile_to_raster()
+    if direction == "columns":
+        parts = order.split([grid.num_tokens for grid in layout.grids])
+        order = torch.cat(
+            [
+                part.view(grid.frames, grid.height, grid.width).transpose(1, 2).flatten()
+                for grid, part in zip(layout.grids, parts, strict=True)
+            ]
+        )
+    return order.to(device), order.argsort().to(device)
 
 
-@torch.compiler.disable
+@layout_table
 @lru_cache(maxsize=64)
 def cross_scan(layout: Layout, with_text: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Index [4, length] from the layout's order to four scans, and [4, tokens] back. Not to be written to.
@@ -51,16 +50,15 @@ def cross_scan(layout: Layout, with_text: bool, device: torch.device) -> tuple[T
         with_text: Whether the text is scanned, too.
         device: Where the indices are needed.
     """
-    with torch.inference_mode(False):
-        host = torch.device("cpu")
-        ahead = [scan_order(layout, direction, host)[0] for direction in ("rows", "columns")]
-        orders = torch.stack([*ahead, *(order.flip(0) for order in ahead)])
-        back = orders.argsort(dim=1)
-        if with_text:
-            text = torch.arange(layout.num_text_tokens, device=host)
-            places = (text + layout.text_slice.start).expand(4, -1)
-            orders = torch.cat([places, orders + layout.image_slice.start, places], dim=1)
-            behind = (text + layout.num_tokens).expand(4, -1)
-            parts = [behind, back + layout.num_text_tokens]
-            back = torch.cat(parts if layout.text_first else parts[::-1], dim=1)
-        return orders.to(device), back.to(device)
+    host = torch.device("cpu")
+    ahead = [scan_order(layout, direction, host)[0] for direction in ("rows", "columns")]
+    orders = torch.stack([*ahead, *(order.flip(0) for order in ahead)])
+    back = orders.argsort(dim=1)
+    if with_text:
+        text = torch.arange(layout.num_text_tokens, device=host)
+        places = (text + layout.text_slice.start).expand(4, -1)
+        orders = torch.cat([places, orders + layout.image_slice.start, places], dim=1)
+        behind = (text + layout.num_tokens).expand(4, -1)
+        parts = [behind, back + layout.num_text_tokens]
+        back = torch.cat(parts if layout.text_first else parts[::-1], dim=1)
+    return orders.to(device), back.to(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from linearize.layout import Grid, Layout, tile_spans
+from linearize.ops.constant_tables import layout_table
 from linearize.ops.disc import exact_pairs
 from linearize.ops.linear_attention import LinearPart, SoftmaxPart, mask_keys, weigh
 from linearize.ops.products import for_products, wide_matmul, with_ones
@@ -234,36 +235,35 @@ def _near(states: Tensor, tables: TileTables, some: slice) -> Tensor:
     return states.index_select(2, near.flatten()).unflatten(2, near.shape).flatten(3, 4)
 
 
-@torch.compiler.disable
+@layout_table
 @lru_cache(maxsize=32)
 def tile_tables(layout: Layout, window: int, device: torch.device) -> TileTables:
-    """The tables of a layout, built once, outside inference mode: what sampling needed first is used for training."""
-    with torch.inference_mode(False):
-        tokens, valid, coordinates, corners = [], [], [], []
-        offset = 0
-        for grid in layout.grids:
-            for top, bottom in tile_spans(grid.height, SIDE):
-                for left, right in tile_spans(grid.width, SIDE):
-                    places = torch.cartesian_prod(torch.arange(top, bottom), torch.arange(left, right))
-                    missing = SIDE**2 - len(places)
-                    rasters = offset + places[:, 0] * grid.width + places[:, 1]
-                    tokens.append(torch.cat([rasters, rasters[:1].expand(missing)]))
-                    valid.append(torch.arange(SIDE**2) < len(places))
-                    coordinates.append(torch.cat([places, torch.full((missing, 2), FAR)]))
-                    corners.append((top // SIDE, left // SIDE))
-            offset += grid.num_tokens
-        raster, is_token = torch.stack(tokens), torch.stack(valid)
-        index = torch.empty(layout.num_image_tokens, dtype=torch.long)
-        index[raster[is_token]] = torch.arange(is_token.numel()).view_as(is_token)[is_token]
-        return TileTables(
-            layout.tile_to_raster()[raster].to(device),
-            is_token.to(device),
-            torch.stack(coordinates).to(device),
-            _near_tiles(layout.grids, corners, window).to(device),
-            index[layout.raster_to_tile()].to(device),
-            _sides(layout.grids),
-            _reach(window),
-        )
+    """The tables of a layout."""
+    tokens, valid, coordinates, corners = [], [], [], []
+    offset = 0
+    for grid in layout.grids:
+        for top, bottom in tile_spans(grid.height, SIDE):
+            for left, right in tile_spans(grid.width, SIDE):
+                places = torch.cartesian_prod(torch.arange(top, bottom), torch.arange(left, right))
+                missing = SIDE**2 - len(places)
+                rasters = offset + places[:, 0] * grid.width + places[:, 1]
+                tokens.append(torch.cat([rasters, rasters[:1].expand(missing)]))
+                valid.append(torch.arange(SIDE**2) < len(places))
+                coordinates.append(torch.cat([places, torch.full((missing, 2), FAR)]))
+                corners.append((top // SIDE, left // SIDE))
+        offset += grid.num_tokens
+    raster, is_token = torch.stack(tokens), torch.stack(valid)
+    index = torch.empty(layout.num_image_tokens, dtype=torch.long)
+    index[raster[is_token]] = torch.arange(is_token.numel()).view_as(is_token)[is_token]
+    return TileTables(
+        layout.tile_to_raster()[raster].to(device),
+        is_token.to(device),
+        torch.stack(coordinates).to(device),
+        _near_tiles(layout.grids, corners, window).to(device),
+        index[layout.raster_to_tile()].to(device),
+        _sides(layout.grids),
+        _reach(window),
+    )
 
 
 def _near_tiles(grids: tuple[Grid, ...], corners: list[tuple[int, int]], window: int) -> Tensor:
