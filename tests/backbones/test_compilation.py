@@ -54,6 +54,19 @@ def test_one_graph_for_each_kind_of_block_and_resolution(deep, predict, mixer):
     assert graphs() == 2 * 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "mixer", ["care", "groupmamba", "linear", "lolcats", "mhla", "nprf", "performer", "sla", "soft"]
+)
+def test_a_block_is_one_graph_with_any_of_these_mixers(untouched, predict, mixer):
+    student = copy.deepcopy(untouched)
+    linearize(student, mixer)
+    expected = predict(student)
+    student.single_transformer_blocks[0].compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(predict(student), expected, rtol=1e-3, atol=1e-4)
+    assert graphs() == 1
+
+
 def test_gradients_add_one_graph_for_the_input_that_has_none(deep, predict):
     """The first block's input requires no gradient; all others are alike, checkpointed or not."""
     plain, student = compiled(deep, "clear", window=3, backend="aot_eager")
