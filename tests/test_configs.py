@@ -95,6 +95,10 @@ def composed(*overrides: str) -> DictConfig:
     [
         (["mixer=cleer"], "mixer=cleer does not exist (did you mean clear?): choose mixer= one of care, clear"),
         (["teacher=nope"], "teacher=nope does not exist: choose teacher= one of flux_dev, "),
+        (["experiment=scenes_mixer"], "experiment=scenes_mixer does not exist (did you mean scenes_mixers?): choose"),
+        (["sweep=mixer"], "sweep=mixer does not exist (did you mean mixers?): choose sweep= one of branches, "),
+        (["launcher=locl"], "launcher=locl does not exist (did you mean local?): choose launcher= one of local, "),
+        (["debug=slow"], "debug=slow does not exist: choose debug= one of fast."),
         (["windw=3"], "windw is no setting (did you mean window?): mixer=clear has window, downsample, and "),
         (["mixer=softmax", "window=3"], "window is no setting: mixer=softmax has token_order, and "),
         (["trainer.max_step=3"], "trainer.max_step is no setting (did you mean trainer.max_steps?): trainer has "),

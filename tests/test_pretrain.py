@@ -193,7 +193,7 @@ def test_two_processes_end_with_the_same_weights(made: tuple[Path, dict[str, Any
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["stages=[autoencoder,teecher]"], "'teecher', which is no stage: choose from autoencoder, judge, teacher, "),
+        (["stages=[autoencoder,teecher]"], "'teecher': choose from autoencoder, judge, teacher, "),
         (["stages=[judge]"], r"holds no pipeline: run stages=\[autoencoder\] first, or set start_from"),
         (["stages=[time]", "start_from=missing"], "start_from=missing is no pipeline folder"),
         (["stages=[autoencoder]", "autoencoder.max_steps=null"], "max_steps=None with max_minutes=None is no budget"),
@@ -212,7 +212,7 @@ def test_a_mistake_on_the_command_line_exits_with_2(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "stages=[teecher]", f"output_folder={tmp_path}"]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert failed.stderr.splitlines()[-1].startswith("error: stages names 'teecher', which is no stage: choose from ")
+    assert failed.stderr.splitlines()[-1].startswith("error: stages names 'teecher': choose from ")
     with (
         initialize_config_dir(str(ROOT / "configs"), version_base="1.3"),
         pytest.raises(HydraException) as caught,

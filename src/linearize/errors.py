@@ -1,5 +1,7 @@
 """The one exception that a user's mistake raises."""
 
+from collections.abc import Iterable
+
 
 class LinearizeError(ValueError):
     """A user's mistake: its message is one sentence with the value, the choices and the next step."""
@@ -10,3 +12,15 @@ def mistake_behind(error: BaseException | None) -> LinearizeError | None:
     while error is not None and not isinstance(error, LinearizeError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def check_names(setting: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Checks a setting that lists names.
+
+    Raises:
+        LinearizeError: One of them is not known.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise LinearizeError(f"{setting} names {name!r}: choose from {', '.join(known)}.")

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from linearize.config import plain
 from linearize.distillation.callbacks import Checkpointing
 from linearize.distillation.checkpoint import SafetensorsCheckpointIO
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_names
 from linearize.evaluation.environment import machine, versions
 from linearize.files import atomic_folder, read_json, write_json
 from linearize.measure import measure_accuracy, measure_forward
@@ -53,9 +53,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         "time": _time,
     }
     names = [cfg.stages] if isinstance(cfg.stages, str) else list(cfg.stages)
-    for name in names:
-        if name not in run:
-            raise LinearizeError(f"stages names {name!r}, which is no stage: choose from {', '.join(run)}.")
+    check_names("stages", names, run)
     _quieten()
     lightning.seed_everything(cfg.seed, verbose=False)
     if torch.cuda.is_available():

@@ -189,6 +189,20 @@ def test_a_backend_that_the_machine_lacks_is_a_row_with_the_reason(sizes):
     assert all("median_seconds" in row for row in rows if row["kernel"] == "halo")
 
 
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"backends": ["tritton", "halo"]}, "attention.backends names 'tritton': choose from auto, naive, dense, "),
+        ({"backends": ["clear_raster_flex"]}, "None of attention.backends=[clear_raster_flex] runs here: "),
+        ({"passes": ["backward"]}, "attention.passes names 'backward': choose from forward, forward_backward."),
+    ],
+)
+def test_nothing_is_measured_for_backends_that_cannot_be_compared(sizes, changed, sentence):
+    axes = {"sides": [8], "windows": [3], "backends": ["halo"], "passes": ["forward"], **changed}
+    with pytest.raises(LinearizeError, match=re.escape(sentence)):
+        next(attention_rows(dataclasses.replace(sizes, head_dim=8), **axes))
+
+
 def test_a_run_leaves_json_page_and_plot(tmp_path):
     register_resolvers(ROOT)
     overrides = ["device=cpu", f"out={tmp_path}/layer", "attention.sides=[8,12]", "attention.windows=[3]"]

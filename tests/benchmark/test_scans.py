@@ -51,9 +51,9 @@ def test_a_kernel_that_fails_is_a_row_that_says_so(sizes, monkeypatch):
 
 
 def test_unknown_names_tell_the_choices(sizes):
-    with pytest.raises(LinearizeError, match="kernels names 'mamba': choose from fla_simple_gla, "):
+    with pytest.raises(LinearizeError, match=r"scans\.kernels names 'mamba': choose from fla_simple_gla, "):
         next(scan_rows(sizes, sides=[8], kernels=["mamba"], passes=["forward"]))
-    with pytest.raises(LinearizeError, match="passes names 'backward': choose from forward, forward_backward"):
+    with pytest.raises(LinearizeError, match=r"scans\.passes names 'backward': choose from forward, forward_backward"):
         next(scan_rows(sizes, sides=[8], kernels=[], passes=["backward"]))
 
 

@@ -1,6 +1,7 @@
 """One attention layer: local attention by each of its backends against dense attention."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from linearize.benchmark.timing import measured_or_reason
 from linearize.benchmark.visited import exact_pairs, visited_pairs
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_names
 from linearize.layout import TILE, Grid, Layout
+from linearize.ops.backends import BACKENDS
 from linearize.ops.local_attention import explain_backend, local_attention
 from linearize.ops.regions import Disc
 
@@ -86,11 +88,14 @@ def attention_rows(
         with `error`: why the machine does not run it, or that it does not compute the disc's attention.
 
     Raises:
-        LinearizeError: A pass is unknown.
+        LinearizeError: A pass or backend is unknown, or no backend runs any of it on this machine.
     """
-    for kind in passes:
-        if kind not in _OPERATIONS:
-            raise LinearizeError(f"passes names {kind!r}: choose from {', '.join(_OPERATIONS)}.")
+    check_names("attention.passes", passes, _OPERATIONS)
+    check_names("attention.backends", backends, ("auto", *BACKENDS, *PEERS))
+    calls = itertools.product(sides, windows, backends, passes)
+    refusals = [_refusal(sizes, Grid(side, side), window, name, kind) for side, window, name, kind in calls]
+    if refusals and all(refusals):
+        raise LinearizeError(f"None of attention.backends=[{', '.join(backends)}] runs here: {refusals[0]}")
     checked: dict[tuple[str, int], dict[str, Any]] = {}
     for side in sides:
         grid = Grid(side, side)
@@ -105,7 +110,7 @@ def attention_rows(
             for window in windows:
                 for name in backends:
                     row = {"kernel": name, "side": side, "pass": kind, "window": window, "batch": sizes.batch}
-                    reason = _refusal(sizes, grid, window, name, states, kind)
+                    reason = _refusal(sizes, grid, window, name, kind)
                     if reason is None and (name, window) not in checked:
                         checked[name, window] = _checked(sizes, window, name, seed)
                     row |= checked[name, window] if reason is None else {"error": reason}
@@ -147,7 +152,7 @@ def check_parity(sizes: LayerSizes, window: int, backend: str, seed: int = 0) ->
 def _error(sizes: LayerSizes, grid: Grid, window: int, backend: str, seed: int) -> float:
     states = sizes.tokens(grid, seed + 1)
     weight = sizes.tokens(grid, seed + 2)[0].detach()
-    with_gradients = _refusal(sizes, grid, window, backend, states, "forward_backward") is None
+    with_gradients = _refusal(sizes, grid, window, backend, "forward_backward") is None
     found = _results(_local_call(sizes, grid, window, backend), states, weight, with_gradients)
     exact = tuple(state.detach().double().requires_grad_() for state in states)
     naive = _local_call(sizes, grid, window, "naive", tile=PEERS.get(backend, (backend, TILE))[1])
@@ -165,13 +170,13 @@ def _results(
     return [output.detach(), *torch.autograd.grad(output, states, weight)]
 
 
-def _refusal(
-    sizes: LayerSizes, grid: Grid, window: int, name: str, states: tuple[Tensor, ...], kind: str
-) -> str | None:
+def _refusal(sizes: LayerSizes, grid: Grid, window: int, name: str, kind: str) -> str | None:
     """Why a backend does not compute a pass here, or None."""
+    shape = (sizes.batch, sizes.num_heads, sizes.num_text_tokens + grid.num_tokens, sizes.head_dim)
+    states = torch.empty((), dtype=sizes.dtype, device=sizes.device).expand(shape).requires_grad_(kind != "forward")
     with torch.set_grad_enabled(kind != "forward"):
         try:
-            explain_backend(*states, **_options(sizes, grid, window, name))
+            explain_backend(states, states, states, **_options(sizes, grid, window, name))
         except LinearizeError as error:
             return str(error)
     return None

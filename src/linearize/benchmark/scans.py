@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linearize.benchmark.attention import PARITY
 from linearize.benchmark.timing import measure
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_names
 from linearize.extras import require
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.disc import coordinates
@@ -112,12 +112,8 @@ def scan_rows(
     Raises:
         LinearizeError: A kernel or pass is unknown, or a result is not the definition's.
     """
-    for names, known, setting in (
-        (kernels, OPERATIONS, "kernels"),
-        (passes, ("forward", "forward_backward"), "passes"),
-    ):
-        if unknown := [name for name in names if name not in known]:
-            raise LinearizeError(f"{setting} names {unknown[0]!r}: choose from {', '.join(known)}.")
+    check_names("scans.kernels", kernels, OPERATIONS)
+    check_names("scans.passes", passes, ("forward", "forward_backward"))
     if any("fla" in name.split("_") for name in kernels):
         require("fla", purpose="a kernel of flash-linear-attention in scans.kernels")
     checked = {(name, kind): _checked(sizes, name, kind, seed) for name in kernels for kind in passes}
