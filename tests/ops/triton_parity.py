@@ -2,18 +2,20 @@
 
     TRITON_INTERPRET=1 python tests/ops/triton_parity.py
 
-Prints one line for each case: name, then the relative errors of the output and the gradients of query, key and value.
+Prints one line for each case: name, then the relative errors of output, logarithmic mass and the gradients of
+query, key and value.
 """
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops import block_tables
-from linearize.ops.naive import naive_attention
-from linearize.ops.regions import REGIONS
-from linearize.ops.triton_local import triton_attention
+from linearize.ops.naive import dense_sight
+from linearize.ops.regions import REGIONS, Region
+from linearize.ops.triton_local import triton_attention_with_mass
 
 # grids, text tokens, text first, order, region, window; ragged and whole tiles, none and several images
 CASES = {
@@ -26,19 +28,33 @@ CASES = {
 }
 
 
+def naive_with_mass(
+    query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, region: Region, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, and log sum_j exp(s_ij)."""
+    is_image = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    is_image[layout.image_slice] = True
+    seen = ~(is_image[:, None] & is_image)
+    seen[layout.image_slice, layout.image_slice] = dense_sight(layout, region)
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
+    return scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1, keepdim=True)
+
+
 def parity(name: str, *, heads: int, head_dim: int, dtype: torch.dtype, device: str, batch: int = 1) -> list[float]:
-    """Relative errors of output and gradients against float64 on the same numbers."""
+    """Relative errors of output, mass and gradients against float64 on the same numbers."""
     grids, num_text_tokens, text_first, tile, region, window = CASES[name]
     layout = Layout(num_text_tokens, grids, text_first, tile)
     call = {"layout": layout, "region": REGIONS[region](window), "scale": head_dim**-0.5}
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(batch, layout.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
     query, key, value, weight = (states.to(device, dtype).transpose(1, 2) for states in drawn)
+    slope = torch.rand(batch, heads, layout.num_tokens, 1, generator=generator)
     results = []
-    for attend, convert in ((triton_attention, lambda x: x), (naive_attention, lambda x: x.cpu().double())):
+    for attend, convert in ((triton_attention_with_mass, lambda x: x), (naive_with_mass, lambda x: x.cpu().double())):
         states = [convert(tensor).detach().requires_grad_() for tensor in (query, key, value)]
-        output = attend(*states, **call)
-        results.append([output.detach(), *torch.autograd.grad(output, states, convert(weight))])
+        output, log_mass = attend(*states, **call)
+        total = (output * convert(weight)).sum() + (log_mass * slope.to(log_mass)).sum()
+        results.append([output.detach(), log_mass.detach(), *torch.autograd.grad(total, states)])
     return [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
 
 

@@ -54,18 +54,26 @@ def triton_attention(
     Returns:
         [batch, heads, tokens, head_dim], token-major in memory, as projections read it.
     """
+    return triton_attention_with_mass(query, key, value, layout=layout, region=region, scale=scale)[0]
+
+
+def triton_attention_with_mass(
+    query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, region: Region, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`triton_attention`, and log sum_j exp(s_ij), [batch, heads, tokens, 1] in float32; both are differentiable."""
     key, value = match_heads(key, query), match_heads(value, query)
     if layout.tile != TILE:
         index = layout.index_to(TILE, query.device)
         query, key, value = (states.index_select(2, index) for states in (query, key, value))
     grids = [side for grid in layout.grids for side in (grid.height, grid.width)]
     name = next(name for name, made in REGIONS.items() if made is type(region))
-    output, _ = _attention(
+    output, lse = _attention(
         query, key, value, layout.num_text_tokens, layout.text_first, grids, name, region.window, float(scale)
     )
     if layout.tile != TILE:
-        output = output.index_select(2, layout.with_tile(TILE).index_to(layout.tile, query.device))
-    return output
+        index = layout.with_tile(TILE).index_to(layout.tile, query.device)
+        output, lse = output.index_select(2, index), lse.index_select(2, index)
+    return output, lse[..., None] / _LOG2E
 
 
 def refusal(query: Tensor, *, key_mask: Tensor | None = None, num_pooled: int = 0, **_: object) -> str | None:
@@ -124,6 +132,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
 @torch.library.custom_op("linearize::tile_attention_backward", mutates_args=())
 def _attention_backward(
     gradient: Tensor,
+    lse_gradient: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -136,10 +145,11 @@ def _attention_backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value, from those of output and log-sum-exp."""
     call = Call(query, num_text_tokens, text_first, grids, region, window)
     query, key, value, gradient = (with_near_channels(states) for states in (query, key, value, gradient))
-    delta = call.delta(_backward_kernels().delta_kernel, output, gradient)
+    # The gradient of a score is weight (gradient value^T - delta), and the log-sum-exp's is weight / ln 2.
+    delta = call.delta(_backward_kernels().delta_kernel, output, gradient) - lse_gradient * _LOG2E
     query_gradient, key_gradient, value_gradient = (empty_token_major(states) for states in (query, key, value))
     scales = (scale * _LOG2E, scale)
 
@@ -164,7 +174,9 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    gradient: Tensor, lse_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return empty_token_major(query), empty_token_major(key), empty_token_major(value)
 
 
@@ -173,8 +185,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(query, key, value, *output)
 
 
-def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(gradient, *ctx.saved_tensors, *ctx.rest), *(None for _ in ctx.rest)
+def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(*gradients, *ctx.saved_tensors, *ctx.rest), *(None for _ in ctx.rest)
 
 
 _attention.register_autograd(_backward, setup_context=_save)
