@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.extras import missing_sentence
-from linearize.ops.chunked_scan import carry_states, chunked, shifted
+from linearize.ops.chunk_states import carry_states
+from linearize.ops.chunked_scan import chunked, shifted
 from linearize.ops.precision import widen
 from linearize.ops.products import aligned, in_chunks, wide_matmul
 
@@ -135,12 +136,19 @@ def gate_gradient(excess: Tensor, query: Tensor, key: Tensor, value: Tensor, gra
     end = before[..., -1:, :]
     earlier = wide_matmul((key * (end - before).exp().to(key.dtype)).transpose(-1, -2), value)
     later = wide_matmul((query * before.exp().to(query.dtype)).transpose(-1, -2), gradient)
-    before_it = carry_states(earlier, end[..., 0, :], reverse=False)
-    behind_it = carry_states(later, end[..., 0, :], reverse=True)
+    before_it, behind_it = _carried(earlier, later, end[..., 0, :])
     at_start = (before_it * (later + end.exp() * behind_it)).sum(dim=(-2, -1))
     at_end = F.pad(at_start, (0, 1))[..., 1:]
     inside = excess.flip(-2).cumsum(dim=-2).flip(-2)
     return (inside + at_end[..., None, None]).flatten(2, 3)[:, :, :num_tokens]
+
+
+def _carried(earlier: Tensor, later: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The states of all earlier and of all later chunks, [batch, heads, chunks, ...], at every chunk."""
+    both, kept = (torch.stack(sides, dim=3).movedim(2, 0) for sides in ((earlier, later), (kept, kept)))
+    carried = carry_states(both.flatten(1, 2), kept.flatten(1, 2))
+    before_it, behind_it = carried.unflatten(1, earlier.shape[:2]).movedim(0, 2).unbind(dim=3)
+    return before_it, behind_it
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
@@ -167,9 +175,14 @@ def refusal(value: Tensor, num_features: int, gate_width: int) -> str | None:
     return _fails(value.device, value.shape[1], num_features, value.shape[3], gate_width)
 
 
-@torch.compiler.disable
-@lru_cache(maxsize=64)
+# To a compiler it is a constant.
+@torch.compiler.assume_constant_result
 def _fails(device: torch.device, num_heads: int, num_features: int, channels: int, gate_width: int) -> str | None:
+    return _failure(device, num_heads, num_features, channels, gate_width)
+
+
+@lru_cache(maxsize=64)
+def _failure(device: torch.device, num_heads: int, num_features: int, channels: int, gate_width: int) -> str | None:
     """Why the kernels fail on this GPU: run once, forward and backward, they are compared with the portable form."""
     if importlib.util.find_spec("fla") is None:
         return missing_sentence("it", ["fla"]).rstrip(".")

@@ -59,7 +59,6 @@ def bidirectional_gated_attention(
     return BACKENDS[backend](query, key, value, *gates)
 
 
-@torch.compiler.disable
 def _choose(backend: str, value: Tensor, num_features: int, gate_width: int) -> str:
     """Fla or, where the caller left it open, chunked; a GPU that could compute in bf16 and has no fla is told once."""
     refused = refusal(value, num_features, gate_width)
@@ -68,8 +67,14 @@ def _choose(backend: str, value: Tensor, num_features: int, gate_width: int) -> 
     if backend == "fla":
         raise LinearizeError(f"backend fla cannot serve this call, as {refused}; choose chunked or auto")
     if value.device.type == "cuda" and value.dtype == torch.bfloat16:
-        warnings.warn(f"gated scans take their portable path on this GPU instead of fla, as {refused}", stacklevel=3)
+        _tell(refused)
     return "chunked"
+
+
+# A compiler calls it while it traces.
+@torch.compiler.assume_constant_result
+def _tell(refused: str) -> None:
+    warnings.warn(f"gated scans take their portable path on this GPU instead of fla, as {refused}", stacklevel=4)
 
 
 def dense_decay(forward_gate: Tensor, backward_gate: Tensor) -> Tensor:

@@ -34,6 +34,14 @@ def wide_matmul(first: Tensor, second: Tensor) -> Tensor:
     return widen(first) @ widen(second)
 
 
+def wide_product(first: Tensor, second: Tensor) -> Tensor:
+    """`wide_matmul` of two tensors of one type, without a gradient."""
+    if not has_narrow_products(first.dtype, first.device.type):
+        return widen(first) @ widen(second)
+    product = torch.bmm(first.flatten(0, -3), second.flatten(0, -3), out_dtype=torch.float32)
+    return product.unflatten(0, first.shape[:-2])
+
+
 class _WideMatmul(torch.autograd.Function):
     """bmm with an output wider than its inputs, which has no derivative of its own."""
 
@@ -41,8 +49,7 @@ class _WideMatmul(torch.autograd.Function):
     def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
         """See `wide_matmul`."""
         ctx.save_for_backward(first, second)
-        product = torch.bmm(first.flatten(0, -3), second.flatten(0, -3), out_dtype=torch.float32)
-        return product.unflatten(0, first.shape[:-2])
+        return wide_product(first, second)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
