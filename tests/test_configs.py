@@ -159,7 +159,7 @@ def test_a_mistake_in_a_sweep_stays_an_exception(tmp_path: Path) -> None:
         (["activation_memory_gib=-1"], "activation_memory_gib=-1 is no amount of memory: give auto, or GiB from 0 up"),
         (["stages.transfer=99"], "99 steps and trainer.max_steps is 40"),
         (["loss=lolcats"], "transfer_trains=mixer trains nothing"),
-        (["adapter=lora", "adapter.rank=0"], "adapter.rank=0 is no rank"),
+        (["adapter=lora", "adapter.rank=0"], "adapter.rank=0; choose a whole number, 1 or more"),
         (["window_dropout.probability=0.5"], "finds no mixer with a window and a linear branch"),
         (["plan=[{layers: '*', mixer: cleer}]"], "cleer"),
         (["loss.attention_output.layers=[nothing.*]"], "nothing"),

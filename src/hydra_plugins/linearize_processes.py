@@ -135,9 +135,9 @@ class ProcessesLauncher(Launcher):
             LinearizeError: `jobs_per_device` is no number of jobs.
             SystemExit: Some failed; the message names them.
         """
-        from linearize.data.settings import require_positive
+        from linearize.errors import check_count
 
-        require_positive("hydra.launcher.jobs_per_device", self.jobs_per_device)
+        check_count("hydra.launcher.jobs_per_device", self.jobs_per_device)
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         shared = [one for one in job_overrides[0] if all(one in overrides for overrides in job_overrides)]

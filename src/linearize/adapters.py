@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 from linearize.extras import require
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
@@ -44,8 +44,7 @@ class LoraSettings:
         return cls(**{**config, "targets": tuple(targets) if isinstance(targets, list) else (targets,)})
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise LinearizeError(f"adapter.rank={self.rank} is no rank: give a whole number, 1 or more.")
+        check_count("adapter.rank", self.rank)
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
             raise LinearizeError(f"adapter.alpha={self.alpha} is no scale of an adapter: give a number above 0.")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:

@@ -24,3 +24,13 @@ def check_names(setting: str, names: Iterable[str], known: Iterable[str]) -> Non
     for name in names:
         if name not in known:
             raise LinearizeError(f"{setting} names {name!r}: choose from {', '.join(known)}.")
+
+
+def check_count(setting: str, value: object, least: int = 1) -> None:
+    """Checks a setting that counts something.
+
+    Raises:
+        LinearizeError: It is no whole number, or below the least.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise LinearizeError(f"{setting}={value!r}; choose a whole number, {least} or more")

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from linearize.config import build_prompts, build_teacher, plain, under_root
 from linearize.data.generation import generate_samples
-from linearize.data.settings import GenerationSettings, require_positive
+from linearize.data.settings import GenerationSettings
 from linearize.data.shards import shard_ranges
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 from linearize.processes import process_place
 
 
@@ -48,7 +48,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
         KeyboardInterrupt: the user stopped it; the message says how far it came.
     """
     folder = _out_folder(config)
-    require_positive("num_samples", config.num_samples)
+    check_count("num_samples", config.num_samples)
     source = build_prompts(config.prompts, config.root)
     settings = GenerationSettings.from_config(plain(config.generation))
     teacher = build_teacher(config)

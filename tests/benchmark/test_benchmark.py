@@ -225,8 +225,11 @@ def test_a_run_leaves_json_page_and_plot(tmp_path):
     is_new = [row != older for row, older in zip(again, result["rows"], strict=False)]
     assert is_new == [(side, kind) == (12, "forward") for _, side, kind in subjects[0]]
     assert json.loads((tmp_path / "layer.json").read_text())["rows"] == json.loads(json.dumps(again))
+    assert "| side | pass |" in (tmp_path / "layer.md").read_text()
     cfg.attention.batch = 2
     assert len(benchmark(cfg)["rows"]) == len(again) + 4
+    page = (tmp_path / "layer.md").read_text()
+    assert "| side | batch | pass |" in page and "| 12 | 2 | forward |" in page and "| 12 | 1 | forward |" in page
     cfg.suite = "scans"
     with pytest.raises(LinearizeError, match="extend=true finds another suite"):
         benchmark(cfg)
@@ -243,6 +246,26 @@ def test_suites_of_models_leave_pages_and_plots(tiny_flux_folder, tmp_path):
         assert all(row["model"] in (tmp_path / f"{suite}.md").read_text() for row in rows)
         assert (tmp_path / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
     assert "flex" in rows[0]["error"]  # CLEAR's recipe trains in FlexAttention, which has no gradients on a CPU
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("attention.sides=[abc]", "attention.sides='abc'; choose a whole number, 1 or more"),
+        ("attention.sides=[]", "attention.sides=[] is no list of numbers: set attention.sides=[<number>]."),
+        ("attention.windows=8", "attention.windows=8 is no list of numbers: set attention.windows=[<number>]."),
+        ("attention.windows=[8,0]", "attention.windows=0; choose a whole number, 1 or more"),
+        ("attention.batch=0", "attention.batch=0; choose a whole number, 1 or more"),
+        ("attention.warmup=-1", "attention.warmup=-1; choose a whole number, 0 or more"),
+    ],
+)
+def test_settings_that_count_are_checked_before_anything_is_measured(tmp_path, override, sentence):
+    register_resolvers(ROOT)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("benchmark", [override, "device=cpu", f"out={tmp_path}/layer"])
+    with pytest.raises(LinearizeError, match=re.escape(sentence)):
+        benchmark(cfg)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_suite_or_baseline_names_the_choices(teacher):

@@ -160,8 +160,8 @@ def test_targets_are_those_that_the_mixers_train(teacher: FluxTransformer2DModel
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rank": 0}, "rank=0 is no rank"),
-        ({"rank": "four"}, "rank=four is no rank"),
+        ({"rank": 0}, "rank=0; choose a whole number, 1 or more"),
+        ({"rank": "four"}, "rank='four'; choose a whole number, 1 or more"),
         ({"alpha": 0.0}, "alpha=0.0 is no scale"),
         ({"alpha": "much"}, "alpha=much is no scale of an adapter: give a number above 0"),
         ({"dropout": 1.0}, "dropout=1.0 is no share"),

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from linearize.benchmark.attention import PARITY
 from linearize.benchmark.timing import measure
 from linearize.benchmark.training import TrainSettings, train_rows
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_names
 from linearize.files import first_sentence
-from linearize.mixers import Mixer, MixerContext, mixer_defaults
+from linearize.mixers import Mixer, MixerContext, mixer_defaults, mixer_names
 from linearize.surgery import share_student, trained_parameters
 from linearize.teachers import Teacher
 
@@ -82,7 +82,11 @@ def mixer_rows(teacher: Teacher, names: Sequence[str], settings: MixerSettings) 
     Yields:
         A row for each mixer and size ("pass": "forward"), with `ratio_to_dense`, then one of its training step
         ("train_step": forward of teacher and student, backward and optimizer) with `samples_per_second`.
+
+    Raises:
+        LinearizeError: A mixer is unknown.
     """
+    check_names("mixers.names", names, mixer_names())
     dense: dict[int, float] = {}
     for name in [DENSE, *(name for name in names if name != DENSE)]:
         try:

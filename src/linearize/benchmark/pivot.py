@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # What a line stands for, in the order of the columns on the left, where rows have it.
-_LINES = {"side": "side", "size": "pixels", "pass": "pass", "window": "window"}
+_LINES = {"side": "side", "size": "pixels", "batch": "batch", "pass": "pass", "window": "window"}
+# Told apart only where there are several.
+_SHARED = ("batch",)
 _NAMES = ("kernel", "model")
 _RATIOS = ("ratio_to_dense", "ratio_to_teacher", "ratio_to_first")
 
@@ -13,12 +15,14 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     """The header and the cells of a table that compares kernels or models.
 
     A cell is the time, and in brackets how many times faster than what the ratios are to; a dash where nothing was
-    measured. Rows without a window, dense attention, stand in the lines of every window.
+    measured. Rows without a window, dense attention, stand in the lines of every window. Batches have a column where
+    they differ.
 
     Args:
         rows: Of one suite.
     """
-    lines = [name for name in _LINES if any(row.get(name) is not None for row in rows)]
+    found = {name: {row.get(name) for row in rows} - {None} for name in _LINES}
+    lines = [name for name, values in found.items() if len(values) > (name in _SHARED)]
     names = list(dict.fromkeys(_name(row) for row in rows))
     keys = list(dict.fromkeys(tuple(row.get(name) for name in lines) for row in rows))
     windowed = [key for key in keys if "window" not in lines or key[-1] is not None]
@@ -26,8 +30,8 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     table = []
     for key in windowed or keys:
         anywhere = key if "window" not in lines else (*key[:-1], None)
-        found = [cells.get((key, name)) or cells.get((anywhere, name)) or "-" for name in names]
-        table.append([*(str(value) for value in key), *found])
+        times = [cells.get((key, name)) or cells.get((anywhere, name)) or "-" for name in names]
+        table.append([*(str(value) for value in key), *times])
     return [*(_LINES[name] for name in lines), *names], table
 
 

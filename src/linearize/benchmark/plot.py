@@ -17,10 +17,11 @@ def plot_attention(result: Mapping[str, Any], path: str | Path) -> None:
         path: The PNG file.
     """
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    batch_of = _batch_label(result)
     for row in result["rows"]:
         if row["pass"] == "forward" and "median_seconds" in row:
             label = row["kernel"] if row["window"] is None else f"{row['kernel']}, window {row['window']}"
-            lines[label].append((row["side"] ** 2, 1000 * row["median_seconds"]))
+            lines[label + batch_of(row)].append((row["side"] ** 2, 1000 * row["median_seconds"]))
     _draw(lines, path, "image tokens", "milliseconds", f"One attention layer, forward: {result['machine']}", log=True)
 
 
@@ -32,9 +33,10 @@ def plot_transformer(result: Mapping[str, Any], path: str | Path) -> None:
         path: The PNG file.
     """
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    batch_of = _batch_label(result)
     for row in result["rows"]:
         if "median_seconds" in row:
-            lines[row["model"]].append((row["size"] ** 2, 1000 * row["median_seconds"]))
+            lines[row["model"] + batch_of(row)].append((row["size"] ** 2, 1000 * row["median_seconds"]))
     _draw(lines, path, "pixels", "milliseconds", f"One forward pass: {result['machine']}", log=True)
 
 
@@ -45,8 +47,11 @@ def plot_losses(result: Mapping[str, Any], path: str | Path) -> None:
         result: What `runner.benchmark` returns for the suite "train_step".
         path: The PNG file.
     """
+    batch_of = _batch_label(result)
     lines = {
-        f"{row['model']}, {row['size']} px": [(float(step), loss) for step, loss in enumerate(row["losses"], start=1)]
+        f"{row['model']}, {row['size']} px{batch_of(row)}": [
+            (float(step), loss) for step, loss in enumerate(row["losses"], start=1)
+        ]
         for row in result["rows"]
         if "losses" in row
     }
@@ -58,6 +63,12 @@ PLOTS: dict[str, Callable[[Mapping[str, Any], str | Path], None]] = {
     "transformer": plot_transformer,
     "train_step": plot_losses,
 }
+
+
+def _batch_label(result: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], str]:
+    """What a row's label says of its batch: something only where batches differ."""
+    differ = len({row["batch"] for row in result["rows"]}) > 1
+    return lambda row: f", batch {row['batch']}" if differ else ""
 
 
 def _draw(

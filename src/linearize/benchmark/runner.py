@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +18,7 @@ from linearize.benchmark.plot import PLOTS
 from linearize.benchmark.scans import ScanSizes, scan_rows
 from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.config import build_teacher, plain
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 from linearize.evaluation.environment import command, machine, versions
 from linearize.evaluation.tables import markdown_table
 from linearize.files import read_json_object, write_json, write_text
@@ -56,6 +56,13 @@ _COLUMNS = {
     "parity error": ("parity_error", 1),
     "error": ("error", None),
 }
+# The least of settings that count something, and of each number in settings that list them.
+_COUNTS = {
+    **dict.fromkeys(("num_heads", "head_dim", "batch", "window", "repeats", "num_inference_steps"), 1),
+    **dict.fromkeys(("max_sequence_length", "train_size", "train_repeats"), 1),
+    **dict.fromkeys(("num_text_tokens", "warmup", "train_batch", "curve_steps"), 0),
+}
+_LISTS = ("sides", "sizes", "windows", "probe")
 # What is measured, of all fields of a row; the others tell how it went.
 _SUBJECT = ("kernel", "model", "mixer", "side", "size", "pass", "window", "batch")
 
@@ -75,6 +82,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     if cfg.suite not in SUITES:
         raise LinearizeError(f"suite={cfg.suite} is unknown: choose {', '.join(SUITES)}.")
     rows_of, settings = SUITES[cfg.suite]
+    _check_counts(settings, cfg[settings])
     device, out = resolve_device(cfg.device), Path(cfg.out)
     result: dict[str, Any] = {
         "suite": cfg.suite,
@@ -97,6 +105,20 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     rows = result["rows"]
     Console().print(_table(cfg.suite, *(comparison(rows) if cfg.suite in PLOTS else _cells(rows))))
     return result
+
+
+def _check_counts(place: str, settings: DictConfig) -> None:
+    """Raises LinearizeError if a setting that counts something is no number of things, or a list of them no list."""
+    for name, least in _COUNTS.items():
+        if name in settings:
+            check_count(f"{place}.{name}", settings[name], least)
+    for name in _LISTS:
+        if name in settings:
+            numbers = settings[name]
+            if not isinstance(numbers, ListConfig) or not numbers:
+                raise LinearizeError(f"{place}.{name}={numbers} is no list of numbers: set {place}.{name}=[<number>].")
+            for number in numbers:
+                check_count(f"{place}.{name}", number)
 
 
 def _subject(row: Row) -> tuple[Any, ...]:

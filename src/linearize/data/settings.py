@@ -14,7 +14,7 @@ import numpy as np
 
 from linearize.data.prompts import PromptSource
 from linearize.data.shards import DTYPES, ShardRange
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class GenerationSettings:
     def check(self) -> None:
         """Raises LinearizeError for a value out of its range."""
         for name in ("num_inference_steps", "max_sequence_length", "shard_size", "batch_size"):
-            require_positive(f"generation.{name}", getattr(self, name))
+            check_count(f"generation.{name}", getattr(self, name))
         if not isinstance(self.prompt_dropout, int | float) or not 0 <= self.prompt_dropout <= 1:
             raise LinearizeError(
                 f"generation.prompt_dropout={self.prompt_dropout} is a share: use a number from 0 to 1."
@@ -71,12 +71,6 @@ class GenerationSettings:
         content["buckets"] = [asdict(bucket) for bucket in self.buckets]
         content["guidance_values"] = list(self.guidance_values)
         return content
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Raises LinearizeError if a number of things is no whole number from 1 on."""
-    if not isinstance(value, int) or value < 1:
-        raise LinearizeError(f"{name}={value} must be a whole number of at least 1.")
 
 
 def _buckets(listed: Any) -> tuple[Bucket, ...]:
@@ -99,7 +93,7 @@ def _guidance_values(guidance: float | Mapping[str, Any]) -> tuple[float, ...]:
         raise LinearizeError(
             f"generation.guidance_scale={guidance} is no range: use a number or {{low, high, num_values}}."
         )
-    require_positive("generation.guidance_scale.num_values", guidance["num_values"])
+    check_count("generation.guidance_scale.num_values", guidance["num_values"])
     return tuple(float(value) for value in np.linspace(guidance["low"], guidance["high"], guidance["num_values"]))
 
 

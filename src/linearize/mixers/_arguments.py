@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 
 TEXT = ("exact", "state")
 ROPE = ("before_map", "after_map", "none")
@@ -25,8 +25,7 @@ def check_number(mixer: str, name: str, value: object, least: int) -> None:
     Raises:
         LinearizeError: It is no whole number, or below the least.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise LinearizeError(f"mixer {mixer!r} got {name}={value!r}; choose a whole number, {least} or more")
+    check_count(f"mixer {mixer!r} got {name}", value, least)
 
 
 def check_rotation(mixer: str, rope: str, width: int) -> None:

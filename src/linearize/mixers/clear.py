@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from linearize.errors import LinearizeError
 from linearize.layout import Layout
+from linearize.mixers._arguments import check_number
 from linearize.mixers._local import LocalMixer
 from linearize.mixers.base import AttentionShape, MixerContext
 from linearize.ops.disc import disc_covers
@@ -39,10 +39,7 @@ class ClearMixer(LocalMixer):
 
     def __init__(self, shape: AttentionShape, *, window: int = 8, downsample: int = 1) -> None:
         super().__init__(shape, window=window)
-        if not isinstance(downsample, int) or isinstance(downsample, bool) or downsample < 1:
-            raise LinearizeError(
-                f"mixer 'clear' got downsample={downsample!r}; choose a whole number of tokens, 1 or more"
-            )
+        check_number("clear", "downsample", downsample, 1)
         self.downsample = downsample
         if downsample > 1:
             self.spatial_weight = nn.Parameter(torch.full((downsample, downsample), downsample**-2.0))
