@@ -11,9 +11,9 @@ from linearize.ops.linear_attention import LinearPart, dense_join, join
 from linearize.ops.tile_states import SIDE, states_of_far_tiles, tile_tables, window_flops, window_with_complement
 
 
-def tokens(layout, dtype=torch.float64):
+def tokens(layout, dtype=torch.float64, channels=6):
     torch.manual_seed(0)
-    size = (2, 2, layout.num_image_tokens, 6)
+    size = (2, 2, layout.num_image_tokens, channels)
     query, key, value = torch.randn(3, *size, dtype=dtype).unbind(0)
     features = torch.rand(2, *size[:3], 5, dtype=dtype).unbind(0)
     return [tensor.clone().requires_grad_() for tensor in (query, key, value, *features)]
@@ -97,7 +97,7 @@ def test_in_float32_the_subtraction_costs_little():
 def test_every_token_has_one_place_and_far_tiles_are_no_neighbours():
     layout = Layout(3, (Grid(30, 41), Grid(9, 7)), tile=TILE)
     tables = tile_tables(layout, 6, torch.device("cpu"))
-    assert torch.equal(tables.tokens.flatten()[tables.index], torch.arange(layout.num_image_tokens))
+    assert torch.equal(tables.index.sort().values, tables.is_token.flatten().nonzero()[:, 0])
     assert int(tables.is_token.sum()) == layout.num_image_tokens
     assert tables.near.shape[1] == 9 + 2
     assert SIDE == 8
@@ -122,10 +122,11 @@ def test_states_of_far_tiles_are_those_of_all_tiles_that_are_not_near(window):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("channels", [6, 64], ids=["tiles", "kernels"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_on_a_gpu_it_is_the_float64_form_up_to_rounding(dtype, tolerance, masked):
+def test_on_a_gpu_it_is_the_float64_form_up_to_rounding(dtype, tolerance, channels, masked):
     layout = Layout(0, (Grid(40, 56),), tile=TILE)
-    drawn = [states.detach() for states in tokens(layout)]
+    drawn = [states.detach() for states in tokens(layout, channels=channels)]
     ours = [states.to("cuda", dtype).requires_grad_() for states in drawn]
     exact = [states.detach().cpu().double().requires_grad_() for states in ours]
     key_mask = (torch.arange(layout.num_image_tokens) % 5 > 0).expand(2, -1) if masked else None
@@ -134,7 +135,7 @@ def test_on_a_gpu_it_is_the_float64_form_up_to_rounding(dtype, tolerance, masked
         query, key, value, *features = leaves
         mask = None if key_mask is None else key_mask.to(query.device)
         parts = window_with_complement(
-            query, key, value, tuple(features), layout=layout, window=9, scale=0.4, key_mask=mask
+            query, key, value, tuple(features), layout=layout, window=9, scale=channels**-0.5, key_mask=mask
         )
         output = join(*parts)
         results.append([output, *torch.autograd.grad(output.double().sin().sum(), leaves)])

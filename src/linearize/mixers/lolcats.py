@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from linearize.ops.linear_attention import (
     linear_attention_flops,
     merge,
 )
-from linearize.ops.tile_states import window_flops, window_with_complement
+from linearize.ops.local_softmax import local_softmax
+from linearize.ops.tile_states import window_complement, window_flops, window_softmax
 
 # LoLCATs' factor of the window, sigmoid(-2.197) = 0.1.
 WINDOW_FACTOR = math.log(0.1 / 0.9)
@@ -112,18 +114,14 @@ class LolcatsMixer(JointMixer):
         if self.branches == "linear":
             exact, linear = super().image_parts(pair, tokens)
         else:
-            image, (query, key) = tokens.image, tokens.product_rotated
-            window, linear = window_with_complement(
-                query[:, :, image],
-                key[:, :, image],
-                tokens.product_value[:, :, image],
+            image, exact = tokens.image, self._window_part(tokens)
+            linear = window_complement(
                 (pair.query.values[:, :, image], pair.key.values[:, :, image]),
+                tokens.product_value[:, :, image],
                 layout=tokens.context.layout,
                 window=self.window,
-                scale=tokens.context.scale,
                 key_mask=tokens.mask_of(image),
             )
-            exact = merge(self.exact_part(tokens), window)
         if self.is_paper and exact is not None and exact.largest is not None:
             log_mass = exact.log_mass - _finite(exact.largest) + self._log_factor(exact.log_mass)
             exact = exact._replace(log_mass=log_mass)
@@ -156,6 +154,18 @@ class LolcatsMixer(JointMixer):
         # W of query and key.
         each += 2 * layout.num_tokens * head_dim * features
         return batch * self.shape.num_heads * each
+
+    def _window_part(self, tokens: Tokens) -> SoftmaxPart:
+        """What image tokens see of the disc, and of the text if it is exact."""
+        context, image = tokens.context, tokens.image
+        call: dict[str, Any] = {"layout": context.layout, "window": self.window, "scale": context.scale}
+        if self.text == "exact" and not self.is_paper:
+            part = local_softmax(*tokens.given_rotated, key_mask=context.key_mask, **call)
+            if part is not None:
+                return part
+        images = (states[:, :, image] for states in (*tokens.product_rotated, tokens.product_value))
+        window = window_softmax(*images, key_mask=tokens.mask_of(image), keep_largest=self.is_paper, **call)
+        return merge(self.exact_part(tokens), window)
 
     def _log_factor(self, like: Tensor) -> Tensor:
         return F.logsigmoid(self.window_factor.to(like.dtype))[:, None, None]

@@ -77,11 +77,17 @@ def linear_attention(
     queries, keys, value = for_products(query.values, mask_keys(key.values, key_mask), value)
     if rotated is None:
         sums = queries @ state_of(keys, with_ones(value)).to(queries.dtype)
-        return LinearPart(sums[..., : value.shape[-1]], sums[..., value.shape[-1], None], log_scale)
+        return LinearPart(*numerator_and_mass(sums, value.shape[-1]), log_scale)
     rotated_queries, rotated_keys = (states.to(value.dtype) for states in rotated)
     state = state_of(mask_keys(rotated_keys, key_mask), value)
     mass = queries @ widen(keys).sum(dim=-2)[..., None].to(queries.dtype)
     return LinearPart(rotated_queries @ state.to(queries.dtype), mass, log_scale)
+
+
+def numerator_and_mass(sums: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Sums of what `with_ones` made of a value with so many channels, parted; the gradient is one copy."""
+    numerator, mass, _ = sums.split([channels, 1, sums.shape[-1] - channels - 1], dim=-1)
+    return numerator, mass
 
 
 def state_of(key: Tensor, value: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from linearize.layout import Grid, Layout, tile_spans
 from linearize.ops.constant_tables import layout_table
 from linearize.ops.disc import exact_pairs
-from linearize.ops.linear_attention import LinearPart, SoftmaxPart, mask_keys, weigh
+from linearize.ops.linear_attention import LinearPart, SoftmaxPart, mask_keys, numerator_and_mass, weigh
+from linearize.ops.local_softmax import local_softmax
 from linearize.ops.products import for_products, wide_matmul, with_ones
 
 # Side of the tiles in tokens. Queries of a tile share what they gather: the tiles that their windows reach.
@@ -29,16 +31,14 @@ class TileTables:
     """Where tiles have their tokens, and which tiles are near.
 
     Attributes:
-        tokens: [tiles, SIDE^2] places of the tokens among image tokens; cut tiles repeat a token.
-        is_token: [tiles, SIDE^2], False for repetitions.
-        coordinates: [tiles, SIDE^2, 2] row and column of each token, far away for repetitions.
+        is_token: [tiles, SIDE^2], False where a cut tile has no token.
+        coordinates: [tiles, SIDE^2, 2] row and column of each token, far away where there is none.
         near: [tiles, near tiles] the tiles that a window from the tile may reach; `num_tiles` stands for none.
         index: [num_image_tokens] where each image token is among tiles x SIDE^2.
         sides: Rows and columns of tiles of each grid.
         reach: Tiles that a window reaches to either side.
     """
 
-    tokens: Tensor
     is_token: Tensor
     coordinates: Tensor
     near: Tensor
@@ -60,10 +60,6 @@ def window_with_complement(
 ) -> tuple[SoftmaxPart, LinearPart]:
     """Softmax over the disc dy^2 + dx^2 < window^2, and linear attention over all image tokens outside of it.
 
-    In the tiles that a tile's windows reach, pairs outside the disc have explicit weights phi(q) phi(k). All farther
-    tiles are one state, a sum over rows and columns of tiles: nothing is subtracted. Nothing grows faster than tokens x
-    window^2. Products are bf16 on a GPU where the inputs are, with scores and sums in float32.
-
     Args:
         query: [batch, heads, image tokens, head_dim], rotated.
         key: Same.
@@ -77,27 +73,8 @@ def window_with_complement(
     Returns:
         Both parts of [batch, heads, image tokens, head_dim], to be joined; the linear one has log_scale 0.
     """
-    tables = tile_tables(layout, window, query.device)
-    query, key, value, mapped_query, mapped_key = for_products(query, key, value, *features)
-    queries, mapped_queries, keys, values, mapped_keys = (
-        _in_tiles(states, tables)
-        for states in (query, mapped_query, key, with_ones(value), mask_keys(mapped_key, key_mask))
-    )
-    mapped_keys = mapped_keys * tables.is_token[..., None]
-    far = states_of_far_tiles(wide_matmul(mapped_keys.transpose(-1, -2), values).to(value.dtype), tables)
-    neighbours = [_with_none(states) for states in (keys, values, mapped_keys, _valid(key_mask, tables))]
-
-    def attend(some: slice) -> tuple[Tensor, ...]:
-        inside = _inside(tables, some, window)
-        near_keys, near_values, near_mapped, valid = (_near(states, tables, some) for states in neighbours)
-        softmax = _softmax(queries[:, :, some], near_keys, near_values[..., : value.shape[-1]], inside, valid, scale)
-        # Keys that do not count have no features.
-        weights = (mapped_queries[:, :, some] @ near_mapped.transpose(-1, -2)).masked_fill(inside, 0.0)
-        return *softmax, mapped_queries[:, :, some] @ far[:, :, some] + weights @ near_values
-
-    output, log_mass, largest, sums = _in_batches(attend, tables, queries)
-    linear = LinearPart(sums[..., : value.shape[-1]], sums[..., value.shape[-1], None], sums.new_zeros(()))
-    return SoftmaxPart(output, log_mass, largest), linear
+    inside = window_softmax(query, key, value, layout=layout, window=window, scale=scale, key_mask=key_mask)
+    return inside, window_complement(features, value, layout=layout, window=window, key_mask=key_mask)
 
 
 def window_softmax(
@@ -109,18 +86,89 @@ def window_softmax(
     window: int,
     scale: float,
     key_mask: Tensor | None = None,
+    keep_largest: bool = False,
 ) -> SoftmaxPart:
-    """The first part of `window_with_complement` alone."""
+    """The first part of `window_with_complement`: in kernels where they serve, else on tiles that windows reach.
+
+    Products are bf16 on a GPU where the inputs are, with scores and sums in float32. The largest score of each query is
+    there if it is asked for; kernels do not tell it.
+    """
+    if not keep_largest:
+        images = Layout(0, layout.grids, tile=layout.tile)
+        part = local_softmax(query, key, value, layout=images, window=window, scale=scale, key_mask=key_mask)
+        if part is not None:
+            return part
     tables = tile_tables(layout, window, query.device)
     queries, keys, values = (_in_tiles(states, tables) for states in for_products(query, key, value))
     neighbours = [_with_none(states) for states in (keys, values, _valid(key_mask, tables))]
 
     def attend(some: slice) -> tuple[Tensor, ...]:
         near_keys, near_values, valid = (_near(states, tables, some) for states in neighbours)
-        inside = _inside(tables, some, window)
-        return _softmax(queries[:, :, some], near_keys, near_values, inside, valid, scale)
+        scores = wide_matmul(queries[:, :, some], near_keys.transpose(-1, -2)) * scale
+        # What is no token is far away from everything, and so never inside.
+        part = weigh(scores, near_values, _inside(tables, some, window) & valid.transpose(-1, -2))
+        assert part.largest is not None
+        return part.output, part.log_mass, part.largest
 
-    return SoftmaxPart(*_in_batches(attend, tables, queries))
+    batches = _batches(tables, queries)
+    if len(batches) == 1:
+        parts = [attend(batches[0])]
+    else:
+        # Of several batches only the outputs are kept for the gradient.
+        parts = [checkpoint(attend, some, use_reentrant=False, preserve_rng_state=False) for some in batches]
+    return SoftmaxPart(*(_out_of_tiles(torch.cat(some, dim=2), tables) for some in zip(*parts, strict=True)))
+
+
+def window_complement(
+    features: tuple[Tensor, Tensor], value: Tensor, *, layout: Layout, window: int, key_mask: Tensor | None = None
+) -> LinearPart:
+    """The second part of `window_with_complement`.
+
+    In the tiles that a tile's windows reach, pairs outside the disc have explicit weights phi(q) phi(k). All farther
+    tiles are one state, a sum over rows and columns of tiles: nothing is subtracted. Nothing grows faster than tokens x
+    window^2. Products are bf16 on a GPU where the inputs are, with sums in float32.
+    """
+    tables, channels = tile_tables(layout, window, value.device), value.shape[-1]
+    query, key, value = for_products(*features, value)
+    tiles = (_in_tiles(states, tables) for states in (query, mask_keys(key, key_mask), with_ones(value)))
+    sums = _out_of_tiles(_Complement.apply(*tiles, tables, window), tables)
+    return LinearPart(*numerator_and_mass(sums, channels), sums.new_zeros(()))
+
+
+class _Complement(torch.autograd.Function):
+    """o_i = sum_j (q_i^T k_j) v_j over all j outside of the disc around i.
+
+    As i is outside of the disc around j just then, each gradient is a sum of the same kind: dq_i = sum_j (g_i^T v_j)
+    k_j, dk_j = sum_i (v_j^T g_i) q_i and dv_j = sum_i (k_j^T q_i) g_i for a gradient g. Weights are not kept for it.
+    """
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, tables: TileTables, window: int) -> Tensor:
+        """Sums for tiles [batch, heads, tiles, SIDE^2, channels], zeros where there is no token."""
+        context.save_for_backward(query, key, value)
+        context.where = tables, window
+        return _sum_outside(query, key, value, tables, window)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """See the class."""
+        query, key, value = context.saved_tensors
+        (gradient,) = gradients
+        triples = (gradient, value, key), (value, gradient, query), (key, query, gradient)
+        return *(_sum_outside(*triple, *context.where) for triple in triples), None, None
+
+
+def _sum_outside(query: Tensor, key: Tensor, value: Tensor, tables: TileTables, window: int) -> Tensor:
+    """See `_Complement`."""
+    state = wide_matmul(key.transpose(-1, -2), value).to(value.dtype)
+    far = states_of_far_tiles(state, tables)
+    keys, values = _with_none(key), _with_none(value)
+    sums = []
+    for some in _batches(tables, query):
+        weights = query[:, :, some] @ _near(keys, tables, some).transpose(-1, -2)
+        weights = weights.masked_fill_(_inside(tables, some, window), 0.0)
+        sums.append(query[:, :, some] @ far[:, :, some] + weights @ _near(values, tables, some))
+    return torch.cat(sums, dim=2)
 
 
 def window_flops(layout: Layout, window: int, head_dim: int, num_features: int = 0) -> int:
@@ -139,16 +187,6 @@ def window_flops(layout: Layout, window: int, head_dim: int, num_features: int =
     return 4 * head_dim * inside + 2 * (num_features + head_dim + 1) * (visited - inside) + states
 
 
-def _softmax(
-    query: Tensor, key: Tensor, value: Tensor, inside: Tensor, valid: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mass and largest score over the disc for some tiles of queries, [batch, heads, tiles, SIDE^2, ...]."""
-    # Repetitions are far away from everything, and so never inside.
-    part = weigh(wide_matmul(query, key.transpose(-1, -2)) * scale, value, inside & valid.transpose(-1, -2))
-    assert part.largest is not None
-    return part.output, part.log_mass, part.largest
-
-
 def _valid(key_mask: Tensor | None, tables: TileTables) -> Tensor:
     """Which keys count, [batch or 1, 1, tiles, SIDE^2, 1]."""
     if key_mask is None:
@@ -156,23 +194,12 @@ def _valid(key_mask: Tensor | None, tables: TileTables) -> Tensor:
     return _in_tiles(key_mask[:, None, :, None], tables)
 
 
-def _in_batches(
-    attend: Callable[[slice], tuple[Tensor, ...]], tables: TileTables, queries: Tensor
-) -> tuple[Tensor, ...]:
-    """What `attend` says of some tiles at a time, [batch, heads, image tokens, channels] each.
-
-    Of several batches only the outputs are kept for the gradient.
-    """
+def _batches(tables: TileTables, queries: Tensor) -> list[slice]:
+    """Tiles that are computed at once: as many in each batch, but for the last."""
     of_a_tile = queries[:, :, 0, :, 0].numel() * tables.near.shape[1] * (SIDE**2 + 3 * queries.shape[-1])
-    size, num_tiles = max(1, NUMBERS_AT_A_TIME // of_a_tile), len(tables.near)
-    batches = [slice(start, start + size) for start in range(0, num_tiles, size)]
-    if len(batches) == 1:
-        parts = [attend(batches[0])]
-    else:
-        parts = [checkpoint(attend, some, use_reentrant=False, preserve_rng_state=False) for some in batches]
-    return tuple(
-        torch.cat(some, dim=2).flatten(2, 3).index_select(2, tables.index) for some in zip(*parts, strict=True)
-    )
+    num_tiles = len(tables.near)
+    size = math.ceil(num_tiles / math.ceil(of_a_tile * num_tiles / NUMBERS_AT_A_TIME))
+    return [slice(start, start + size) for start in range(0, num_tiles, size)]
 
 
 def _inside(tables: TileTables, some: slice, window: int) -> Tensor:
@@ -220,8 +247,14 @@ def _sum_over_rows(weights: Tensor, maps: Tensor) -> Tensor:
 
 
 def _in_tiles(states: Tensor, tables: TileTables) -> Tensor:
-    """[batch, heads, image tokens, channels] to [batch, heads, tiles, SIDE^2, channels]."""
-    return states.index_select(2, tables.tokens.flatten()).unflatten(2, tables.tokens.shape)
+    """[batch, heads, image tokens, channels] to [batch, heads, tiles, SIDE^2, channels], zeros where no token is."""
+    places = states.new_zeros(*states.shape[:2], tables.is_token.numel(), states.shape[-1])
+    return places.index_copy(2, tables.index, states).unflatten(2, tables.is_token.shape)
+
+
+def _out_of_tiles(states: Tensor, tables: TileTables) -> Tensor:
+    """The inverse of `_in_tiles`."""
+    return states.flatten(2, 3).index_select(2, tables.index)
 
 
 def _with_none(states: Tensor) -> Tensor:
@@ -239,25 +272,23 @@ def _near(states: Tensor, tables: TileTables, some: slice) -> Tensor:
 @lru_cache(maxsize=32)
 def tile_tables(layout: Layout, window: int, device: torch.device) -> TileTables:
     """The tables of a layout."""
-    tokens, valid, coordinates, corners = [], [], [], []
+    is_token, coordinates = [], []
+    corners: list[tuple[int, int]] = []
+    index = torch.empty(layout.num_image_tokens, dtype=torch.long)
     offset = 0
     for grid in layout.grids:
         for top, bottom in tile_spans(grid.height, SIDE):
             for left, right in tile_spans(grid.width, SIDE):
                 places = torch.cartesian_prod(torch.arange(top, bottom), torch.arange(left, right))
-                missing = SIDE**2 - len(places)
-                rasters = offset + places[:, 0] * grid.width + places[:, 1]
-                tokens.append(torch.cat([rasters, rasters[:1].expand(missing)]))
-                valid.append(torch.arange(SIDE**2) < len(places))
-                coordinates.append(torch.cat([places, torch.full((missing, 2), FAR)]))
+                index[offset + places[:, 0] * grid.width + places[:, 1]] = len(corners) * SIDE**2 + torch.arange(
+                    len(places)
+                )
+                is_token.append(torch.arange(SIDE**2) < len(places))
+                coordinates.append(torch.cat([places, torch.full((SIDE**2 - len(places), 2), FAR)]))
                 corners.append((top // SIDE, left // SIDE))
         offset += grid.num_tokens
-    raster, is_token = torch.stack(tokens), torch.stack(valid)
-    index = torch.empty(layout.num_image_tokens, dtype=torch.long)
-    index[raster[is_token]] = torch.arange(is_token.numel()).view_as(is_token)[is_token]
     return TileTables(
-        layout.tile_to_raster()[raster].to(device),
-        is_token.to(device),
+        torch.stack(is_token).to(device),
         torch.stack(coordinates).to(device),
         _near_tiles(layout.grids, corners, window).to(device),
         index[layout.raster_to_tile()].to(device),
