@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,8 +13,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
-from torch import Tensor
+from torch import Tensor, nn
 
+from linearize.backbones.flux_fused import FusedGelu, LinearFluxSingleBlock, PackedLinears, is_fused, project
 from linearize.backbones.plan import Plan, match_dtype_and_device, mixers_for_plan, preferred_order
 from linearize.backbones.position_ids import grids_from_ids
 from linearize.backbones.recording import Recorder
@@ -21,6 +23,7 @@ from linearize.backbones.saving import StudentSaving
 from linearize.errors import LinearizeError, mistake_behind
 from linearize.layout import TILE, Layout
 from linearize.mixers import AttentionShape, Mixer, MixerContext
+from linearize.ops.norm_rotate import norm_rotate
 
 _ORDERS = {"raster": None, "tile": TILE}
 _NO_PROCESSORS = (
@@ -51,6 +54,8 @@ class LinearFluxAttention(FluxAttention):
     theta: int
     axes_dim: tuple[int, ...]
     recorder: Recorder | None = None
+    # Of the hidden states' query, key and value, and of the text's; none before `pack`.
+    packed: tuple[PackedLinears | None, ...] = (None, None)
 
     @staticmethod
     def convert(attention: FluxAttention, mixer: Mixer, pos_embed: Any) -> None:
@@ -58,6 +63,17 @@ class LinearFluxAttention(FluxAttention):
         attention.__class__ = LinearFluxAttention
         attention.mixer = match_dtype_and_device(mixer, attention)
         attention.theta, attention.axes_dim = pos_embed.theta, tuple(pos_embed.axes_dim)
+
+    def pack(self) -> None:
+        """Lays the weights of query, key and value side by side in memory, where they do not train."""
+        self.packed = tuple(
+            PackedLinears(layers) if PackedLinears.takes(layers) else None for layers in self._projections()
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Parameters that move lie apart again.
+        self.packed = (None, None)
+        return super()._apply(fn, recurse)
 
     def set_processor(self, processor: Any) -> None:
         """Raises LinearizeError, except while the stock constructor runs: no processor may take the mixer's place."""
@@ -84,13 +100,15 @@ class LinearFluxAttention(FluxAttention):
         """
         if attention_mask is not None:
             raise LinearizeError("a linearized FLUX transformer takes no attention_mask; leave it out")
-        projected = _get_qkv_projections(self, hidden_states, encoder_hidden_states)
-        query, key, value = self._heads(*projected, joint=encoder_hidden_states is not None)
+        streams = self._streams(hidden_states, encoder_hidden_states)
+        query, key, value = self._heads(streams)
         inputs = None
         if self.mixer.uses_hidden_states:
             joined = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
             inputs = torch.cat(joined, dim=1)
-        attention = self._mix(query, key, value, image_rotary_emb, token_stream, inputs).flatten(2, 3).to(query.dtype)
+        rotated = self._rotated(streams, image_rotary_emb)
+        attention = self._mix(query, key, value, image_rotary_emb, token_stream, inputs, rotated)
+        attention = attention.flatten(2, 3).to(query.dtype)
         output = (
             attention if encoder_hidden_states is None else self._project(attention, encoder_hidden_states.shape[1])
         )
@@ -109,19 +127,61 @@ class LinearFluxAttention(FluxAttention):
         text, image = attention.split_with_sizes([num_text_tokens, attention.shape[1] - num_text_tokens], dim=1)
         return self.to_out[1](self.to_out[0](image.contiguous())), self.to_add_out(text.contiguous())
 
-    def _heads(
-        self, query: Tensor, key: Tensor, value: Tensor, *text: Tensor, joint: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _projections(self) -> list[list[nn.Linear]]:
+        """Query, key and value layers of the hidden states, and of text, where the block has it apart."""
+        own = [self.to_q, self.to_k, self.to_v]
+        return [own] if self.added_kv_proj_dim is None else [own, [self.add_q_proj, self.add_k_proj, self.add_v_proj]]
+
+    def _streams(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> list[tuple[Tensor, ...]]:
+        """Query, key and value, [batch, tokens, heads, head_dim], of each stream of tokens, text first."""
+        inputs = [states for states in (hidden_states, encoder_hidden_states) if states is not None]
+        if self.fused_projections:
+            flat = _get_qkv_projections(self, hidden_states, encoder_hidden_states)
+            projected = [flat[3 * number : 3 * number + 3] for number in range(len(inputs))]
+        else:
+            projected = [
+                project(states, layers, packed)
+                for states, layers, packed in zip(inputs, self._projections(), self.packed, strict=False)
+            ]
+        return [tuple(self._split(states) for states in stream) for stream in reversed(projected)]
+
+    def _heads(self, streams: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
         """Normed query and key, and value, of all tokens: [batch, tokens, heads, head_dim]."""
-        query, key, value = (self._split(x) for x in (query, key, value))
-        query, key = self.norm_q(query), self.norm_k(key)
-        if not joint:
-            return query, key, value
-        text_query, text_key, text_value = (self._split(x) for x in text)
-        text_query, text_key = self.norm_added_q(text_query), self.norm_added_k(text_key)
-        pairs = ((text_query, query), (text_key, key), (text_value, value))
-        query, key, value = (torch.cat(pair, dim=1) for pair in pairs)
+        normed = [
+            (query_norm(query), key_norm(key), value)
+            for (query, key, value), (query_norm, key_norm) in zip(streams, self._norms(), strict=True)
+        ]
+        if len(normed) == 1:
+            return normed[0]
+        query, key, value = (torch.cat(parts, dim=1) for parts in zip(*normed, strict=True))
         return query, key, value
+
+    def _norms(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Norms of query and key of each stream, text first."""
+        own = (self.norm_q, self.norm_k)
+        return [own] if self.added_kv_proj_dim is None else [(self.norm_added_q, self.norm_added_k), own]
+
+    def _rotated(
+        self, streams: list[tuple[Tensor, ...]], rotary: tuple[Tensor, Tensor]
+    ) -> Callable[[], tuple[Tensor, Tensor]] | None:
+        """Norm, joining and rotation in one pass."""
+        queries, keys, _ = zip(*streams, strict=True)
+        if not is_fused(queries[0]):
+            return None
+        query_norms, key_norms = zip(*self._norms(), strict=True)
+
+        def call() -> tuple[Tensor, Tensor]:
+            query, key = norm_rotate(
+                queries,
+                keys,
+                [norm.weight for norm in query_norms],
+                [norm.weight for norm in key_norms],
+                *rotary,
+                query_norms[0].eps,
+            )
+            return query.transpose(1, 2), key.transpose(1, 2)
+
+        return call
 
     def _split(self, states: Tensor) -> Tensor:
         # Not unflatten, which torch 2.11's compiler cannot trace while a default device is set.
@@ -135,6 +195,7 @@ class LinearFluxAttention(FluxAttention):
         rotary: tuple[Tensor, Tensor],
         stream: TokenStream,
         inputs: Tensor | None,
+        rotated: Callable[[], tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
         """Calls the mixer in its own order; [batch, tokens, heads, head_dim] in and out, in the stream's order."""
         layout, positions = stream.layout, stream.positions
@@ -143,11 +204,12 @@ class LinearFluxAttention(FluxAttention):
             index = layout.index_to(tile, query.device)
             query, key, value = query[:, index], key[:, index], value[:, index]
             rotary, positions = (rotary[0][index], rotary[1][index]), positions[index]
-            inputs = None if inputs is None else inputs[:, index]
+            inputs, rotated = None if inputs is None else inputs[:, index], None
         context = MixerContext(
             layout=layout.with_tile(tile),
             scale=self.head_dim**-0.5,
             rotate=lambda x: apply_rotary_emb(x.transpose(1, 2), rotary, sequence_dim=1).transpose(1, 2),
+            rotated=rotated,
             angles=self._angles,
             positions=positions,
             softmax=self._softmax,
@@ -197,6 +259,7 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
     """
 
     __module__ = "linearize"
+    _repeated_blocks = ("FluxTransformerBlock", "LinearFluxSingleBlock")
     # Context parallelism cuts the tokens of softmax attention; mixers need theirs whole.
     _cp_plan = None
 
@@ -249,6 +312,11 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
         transformer.__class__ = cls
         for name, mixer in mixers.items():
             LinearFluxAttention.convert(sites[name], mixer, transformer.pos_embed)
+        for block in transformer.single_transformer_blocks:
+            block.__class__ = LinearFluxSingleBlock
+        for block in transformer.transformer_blocks:
+            for feed_forward in (block.ff, block.ff_context):
+                feed_forward.net[0].__class__ = FusedGelu
         transformer.register_to_config(linearize_plan=plan)
 
     def set_attn_processor(self, processor: Any) -> NoReturn:

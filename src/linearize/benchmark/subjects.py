@@ -20,7 +20,7 @@ class RemovedAttention(Mixer):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `Mixer.forward`."""
-        return _value_alone(context.rotate(query), context.rotate(key), value)
+        return _value_alone(*context.rotate_both(query, key), value)
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """None."""

@@ -73,7 +73,7 @@ class LocalMixer(Mixer):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext, backend: str) -> Tensor:
         layout = context.layout
-        query, key = context.rotate(query), context.rotate(key)
+        query, key = context.rotate_both(query, key)
         return local_attention(
             query,
             key,

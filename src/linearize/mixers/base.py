@@ -44,6 +44,7 @@ class MixerContext:
         hidden_states: The layer's input, [batch, tokens, hidden_size], in the order of the tokens, only for mixers
             that set `uses_hidden_states`.
         timestep_embedding: [batch, embedding_dim], only for mixers that set `uses_timestep_embedding`.
+        rotated: Returns query and key of this very call, rotated, in fewer passes than `rotate`; see `rotate_both`.
     """
 
     layout: Layout
@@ -55,6 +56,11 @@ class MixerContext:
     key_mask: Tensor | None = None
     hidden_states: Tensor | None = None
     timestep_embedding: Tensor | None = None
+    rotated: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    def rotate_both(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The query and key that the mixer was called with, rotated."""
+        return (self.rotate(query), self.rotate(key)) if self.rotated is None else self.rotated()
 
 
 class Mixer(nn.Module):

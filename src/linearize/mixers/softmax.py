@@ -27,7 +27,7 @@ class SoftmaxMixer(Mixer):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `Mixer.forward`."""
-        return context.softmax(context.rotate(query), context.rotate(key), value)
+        return context.softmax(*context.rotate_both(query, key), value)
 
     def reference(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """softmax(scale rotate(Q) rotate(K)^T) V over all valid keys."""

@@ -1,0 +1,69 @@
+"""RMS norm and rotation of query and key in one kernel, text and image tokens joined on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Heads of a program.
+_ROWS = 16
+
+
+@torch.library.custom_op("linearize::norm_rotate", mutates_args=())
+def norm_rotate(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    key_weights: Sequence[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """What RMS norm, concatenation of the streams, and rotation of neighbouring channels return one after another.
+
+    Without gradients, on a GPU.
+
+    Args:
+        queries: Of one or more streams of tokens, each [batch, tokens, heads, head_dim] with near channels and heads.
+        keys: Same.
+        query_weights: Of the norm of each stream, [head_dim].
+        key_weights: Same.
+        cosine: [tokens of all streams, head_dim] in float32, each angle twice.
+        sine: Same.
+        eps: Of the norm.
+
+    Returns:
+        Query and key, [batch, tokens of all streams, heads, head_dim].
+    """
+    from linearize.ops.triton_norm_rotate import norm_rotate_kernel
+
+    results = _empty(queries), _empty(queries)
+    batch, _, num_heads, head_dim = results[0].shape
+    first = 0
+    for query, key, query_weight, key_weight in zip(queries, keys, query_weights, key_weights, strict=True):
+        num_tokens = query.shape[1]
+        if num_tokens:
+            # Triton starts kernels on the current GPU, which need not be the tensors'.
+            with torch.cuda.device_of(query):
+                norm_rotate_kernel[-(-num_tokens * num_heads // _ROWS), batch](
+                    *(query, key, query_weight, key_weight, cosine, sine, *results),
+                    *(query.stride(0), query.stride(1), key.stride(0), key.stride(1), results[0].stride(0)),
+                    *(num_tokens, first, eps),
+                    H=num_heads,
+                    D=head_dim,
+                    M=_ROWS,
+                )
+        first += num_tokens
+    return results
+
+
+@norm_rotate.register_fake
+def _(queries: Sequence[Tensor], *_: object) -> tuple[Tensor, Tensor]:
+    return _empty(queries), _empty(queries)
+
+
+def _empty(streams: Sequence[Tensor]) -> Tensor:
+    batch, _, num_heads, head_dim = streams[0].shape
+    return streams[0].new_empty(batch, sum(stream.shape[1] for stream in streams), num_heads, head_dim)

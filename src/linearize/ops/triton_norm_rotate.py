@@ -1,0 +1,63 @@
+"""The kernel that norms and rotates the heads of query and key, read once and written once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _normed_and_rotated(
+    states, weight, at, exists, cosine, sine, eps, D: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr
+):
+    channel = tl.arange(0, D)
+    heads = tl.load(states + at[:, None] + channel[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(heads * heads, 1) / D + eps)
+    heads = heads * scale[:, None] * tl.load(weight + channel)[None, :].to(tl.float32)
+    # Rounded between the two, as the separate operations do.
+    heads = heads.to(DTYPE).to(tl.float32)
+    first, second = tl.split(tl.reshape(heads, (M, D // 2, 2)))
+    turned = tl.reshape(tl.join(-second, first), (M, D))
+    return (heads * cosine + turned * sine).to(DTYPE)
+
+
+@triton.jit
+def norm_rotate_kernel(
+    query,
+    key,
+    query_weight,
+    key_weight,
+    cosine,
+    sine,
+    query_out,
+    key_out,
+    query_batch,
+    query_token,
+    key_batch,
+    key_token,
+    out_batch,
+    num_tokens,
+    first_token,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+):
+    """M heads a program; the tokens of a stream lie one after another, from `first_token` of the outputs on."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    batch = tl.program_id(1).to(tl.int64)
+    token = row // H
+    exists = token < num_tokens
+    token, head = token.to(tl.int64), row % H
+    channel = tl.arange(0, D)
+    table_at = ((first_token + token) * D)[:, None] + channel[None, :]
+    cos = tl.load(cosine + table_at, mask=exists[:, None], other=0.0)
+    sin = tl.load(sine + table_at, mask=exists[:, None], other=0.0)
+    out_at = (batch * out_batch + (first_token + token) * (H * D) + head * D)[:, None] + channel[None, :]
+    dtype: tl.constexpr = query_out.dtype.element_ty
+    at = batch * query_batch + token * query_token + head * D
+    result = _normed_and_rotated(query, query_weight, at, exists, cos, sin, eps, D, M, dtype)
+    tl.store(query_out + out_at, result, mask=exists[:, None])
+    at = batch * key_batch + token * key_token + head * D
+    result = _normed_and_rotated(key, key_weight, at, exists, cos, sin, eps, D, M, dtype)
+    tl.store(key_out + out_at, result, mask=exists[:, None])

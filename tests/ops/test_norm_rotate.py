@@ -1,0 +1,71 @@
+"""Norm and rotation in one kernel; by TRITON_INTERPRET=1 python tests/ops/test_norm_rotate.py where there is no GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch.nn.functional import rms_norm
+
+from linearize.ops.norm_rotate import norm_rotate
+
+
+def parity(num_tokens=(5, 0, 13), num_heads=3, head_dim=32, dtype=torch.float32, device="cpu"):
+    """Largest relative errors of query and key; the query lies within a wider product, as packed layers make it."""
+    torch.manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    wide = [random(2, count, 3 * num_heads * head_dim) for count in num_tokens]
+    queries = [states.chunk(3, dim=-1)[1].unflatten(-1, (num_heads, head_dim)) for states in wide]
+    keys = [random(2, count, num_heads, head_dim) for count in num_tokens]
+    weights = [[random(head_dim) for _ in num_tokens] for _ in range(2)]
+    angles = torch.rand(sum(num_tokens), head_dim // 2, device=device).repeat_interleave(2, dim=-1)
+    cosine, sine = angles.cos(), angles.sin()
+    found = norm_rotate(queries, keys, *weights, cosine, sine, 1e-6)
+    errors = []
+    for result, streams, norms in zip(found, (queries, keys), weights, strict=True):
+        parts = zip(streams, norms, strict=True)
+        normed = torch.cat([rms_norm(states.double(), (head_dim,), norm.double(), 1e-6) for states, norm in parts], 1)
+        expected = apply_rotary_emb(normed, (cosine.double(), sine.double()), sequence_dim=1)
+        errors.append(((result - expected).norm() / expected.norm()).item())
+    return max(errors)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton, and no GPU"
+)
+def test_the_kernel_by_the_interpreter_is_exact():
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(run.stdout.splitlines()[-1]) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(24, 128), (3, 64), (5, 32)])
+def test_the_kernel_on_a_gpu_is_as_exact_as_its_dtype(num_heads, head_dim):
+    sizes = {"num_tokens": (77, 300), "num_heads": num_heads, "head_dim": head_dim, "device": "cuda"}
+    assert parity(**sizes, dtype=torch.bfloat16) < 5e-3
+    torch.library.opcheck(
+        norm_rotate,
+        (
+            *[[torch.randn(1, 9, 2, 32, device="cuda", dtype=torch.bfloat16)]] * 2,
+            *[[torch.randn(32, device="cuda", dtype=torch.bfloat16)]] * 2,
+            *[torch.randn(9, 32, device="cuda")] * 2,
+            1e-6,
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+if __name__ == "__main__":
+    print(parity())
