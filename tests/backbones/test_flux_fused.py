@@ -32,6 +32,15 @@ def test_packed_layers_are_one_product_of_the_same_parameters():
     torch.testing.assert_close(packed(states)[1], layers[1](states))
 
 
+def test_layers_that_are_packed_twice_lie_in_one_place():
+    layers = layers_of(4, 7, 3)
+    first, second = PackedLinears(layers), PackedLinears(layers)
+    for one, other in ((first.weight, second.weight), (first.bias, second.bias)):
+        assert one.data_ptr() == other.data_ptr() and torch.equal(one, other)
+    part = PackedLinears(layers[1:])
+    assert torch.equal(part.weight, first.weight[4:]) and part.weight.data_ptr() == first.weight[4:].data_ptr()
+
+
 def test_packed_layers_serve_no_others():
     layers = layers_of(4, 7)
     packed = PackedLinears(layers)

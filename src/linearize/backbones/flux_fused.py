@@ -63,8 +63,16 @@ class PackedLinears:
 
     @staticmethod
     def _pack(parameters: list[nn.Parameter]) -> Tensor:
+        first, sizes = parameters[0], [len(parameter) for parameter in parameters]
+        starts = [first.storage_offset() + first.stride(0) * sum(sizes[:number]) for number in range(len(sizes))]
+        place = first.untyped_storage().data_ptr()
+        if [(value.untyped_storage().data_ptr(), value.storage_offset()) for value in parameters] == [
+            (place, start) for start in starts
+        ]:
+            # A teacher and its student share parameters, and the other has packed them.
+            return first.detach().as_strided((sum(sizes), *first.shape[1:]), first.stride())
         packed = torch.cat([parameter.detach() for parameter in parameters])
-        for parameter, rows in zip(parameters, packed.split([len(value) for value in parameters]), strict=True):
+        for parameter, rows in zip(parameters, packed.split(sizes), strict=True):
             parameter.data = rows
         return packed
 
