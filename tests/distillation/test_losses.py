@@ -19,6 +19,23 @@ def test_attention_output_is_a_mean_over_layers() -> None:
     assert AttentionOutput()(seen).item() == pytest.approx((1 + 9) / 2)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_attention_output_is_as_exact_as_its_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 300, 40, generator=generator).to(dtype) for dtype in dtypes)
+    student.requires_grad_()
+    exact = student.detach().double().requires_grad_()
+    expected = (exact - teacher.double()).square().mean()
+    value = AttentionOutput()(
+        Observation(torch.zeros(1), teacher_attention={"a": teacher}, student_attention={"a": student})
+    )
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-4, atol=0)
+    (found,), (gradient,) = torch.autograd.grad(value, [student]), torch.autograd.grad(expected, [exact])
+    assert found.dtype == student.dtype
+    torch.testing.assert_close(found.double(), gradient, rtol=2**-7, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_transfer_does_not_depend_on_the_scale_of_a_layer(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,7 @@
+from functools import partial
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from torch import Tensor
@@ -163,3 +165,28 @@ def test_the_average_is_validated(make_module: MakeModule) -> None:
     assert torch.equal(parameter.detach(), torch.full_like(parameter, 0.25))
     module.on_validation_end()
     assert torch.equal(parameter.detach(), value)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_for_fused_optimizers_in_mixed_precision(
+    make_module: MakeModule, batch: dict[str, Any], algorithm: str
+) -> None:
+    module = make_module(options={"ema_decay": 0.0})
+    module.make_optimizer = partial(torch.optim.SGD, lr=1.0, fused=True)
+    before = {name: value.detach().clone() for name, value in module.trained.items()}
+    trainer = lightning.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        gradient_clip_val=1e-3,
+        gradient_clip_algorithm=algorithm,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([batch], batch_size=None))
+    moves = [(value - before[name]).detach() for name, value in module.trained.items()]
+    size = torch.stack([move.norm() if algorithm == "norm" else move.abs().max() for move in moves])
+    found = size.norm() if algorithm == "norm" else size.max()
+    assert found.item() == pytest.approx(1e-3, rel=1e-2)

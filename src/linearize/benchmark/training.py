@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ from linearize.errors import LinearizeError
 from linearize.surgery import trained_parameters
 from linearize.teachers import Teacher
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adamw8bit": AdamW8bit,
+}
 _SEED = 0
 
 

@@ -138,18 +138,22 @@ class AttentionOutput(LossTerm):
 
 
 class _SquaredError(torch.autograd.Function):
-    """Mean squared error in float32 that keeps nothing but its two arguments, as they are, for the backward pass."""
+    """Mean squared error, summed in float32, that keeps its two arguments as they are for the backward pass, no more.
+
+    The difference has the arguments' dtype, as the gradient has: float32 copies would take three times as long.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         ctx.save_for_backward(student, teacher)
-        return mse_loss(student.float(), teacher.float())
+        error = student - teacher
+        norm = torch.linalg.vector_norm(error, dtype=torch.promote_types(error.dtype, torch.float32)).float()
+        return norm.square() / error.numel()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         student, teacher = ctx.saved_tensors
-        error = student.float() - teacher.float()
-        return error.mul_(2 * gradient / student.numel()).to(student.dtype), None
+        return (student - teacher).mul_(2 * gradient / student.numel()).to(student.dtype), None
 
 
 def _squared(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:

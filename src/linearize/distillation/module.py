@@ -1,7 +1,7 @@
 """The LightningModule that distils a teacher into a student which shares its frozen tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -121,6 +121,11 @@ class DistillationModule(lightning.LightningModule):
         return self
 
     @property
+    def _waits_for_all(self) -> bool:
+        """Whether several processes train, in which some steps leave parameters out."""
+        return self._is_partial and self.trainer.world_size > 1
+
+    @property
     def stage(self) -> Stage:
         """The stage of the next optimizer step."""
         return stage_at(self.stages, self.trainer.global_step)[0]
@@ -197,18 +202,37 @@ class DistillationModule(lightning.LightningModule):
             self.log(f"train/{name}", value.detach(), batch_size=len(sigma))
             loss = loss + terms[name].weight * value
         self.log("train/loss", loss.detach(), batch_size=len(sigma))
-        if self._is_partial and self.trainer.world_size > 1:
+        if self._waits_for_all:
             # Processes wait for the gradient of every parameter, of those that this step leaves out, too.
             loss = loss + 0.0 * torch.stack([parameter.flatten()[0] for parameter in self.trained.values()]).sum()
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(sigma))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Drops the gradients of what the stage leaves alone, before they are clipped."""
+        """Drops the gradients of what the stage or the step leaves alone, before they are clipped.
+
+        An optimizer passes over what has no gradient, and decays what has one of zeros.
+        """
         if self.stage.trains == "mixer":
             for name, parameter in self.trained.items():
                 if not is_mixer_parameter(name):
                     parameter.grad = None
+        if self._waits_for_all:
+            reached = [parameter for parameter in self.trained.values() if parameter.grad is not None]
+            counts = torch.stack([cast(Tensor, parameter.grad).count_nonzero() for parameter in reached]).tolist()
+            for parameter, count in zip(reached, counts, strict=True):
+                if count == 0:
+                    parameter.grad = None
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips what trains. Lightning would refuse fused optimizers, even where no loss is scaled."""
+        if self.trainer.precision == "16-mixed":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+            clip(self.trained.values(), gradient_clip_val)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, moves the average, and at the end of a stage clears what belongs to it."""
