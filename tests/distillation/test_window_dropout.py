@@ -164,7 +164,7 @@ def test_two_processes_train_on_what_a_step_leaves(
     """What has no gradient keeps no process waiting."""
     overrides = [
         *(*tiny_overrides(tiny_flux_folder, tmp_path / "cache"), *BARE),
-        *(*recipe, "optimizer=sgd", "trainer.max_steps=2"),
+        *(*recipe, "optimizer=sgd", "+optimizer.weight_decay=0.1", "trainer.max_steps=2"),
         # The normaliser is that of a process's own share of the batch.
         "transfer_loss.transfer.normalise=false",
     ]
