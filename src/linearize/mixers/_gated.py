@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from linearize.mixers._joint import JointMixer
 from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.ops.gated_scan import bidirectional_gated_attention, dense_decay, gated_attention_flops
 from linearize.ops.linear_attention import LinearPart, mask_keys
-from linearize.ops.scan_order import scan_order
+from linearize.ops.products import with_ones
+from linearize.ops.scan_order import from_scan_order, in_scan_order, scan_order
 
 DIRECTIONS = {"rows": ("rows",), "rows_and_columns": ("rows", "columns")}
 GATES = ("head", "channel")
@@ -51,16 +54,16 @@ class LogGates(nn.Module):
         nn.init.zeros_(self.outer.weight)
         nn.init.constant_(self.outer.bias, bias)
 
-    def logits(self, states: Tensor) -> list[Tensor]:
-        """What the sigmoid is taken of, from [batch, tokens, hidden_size]: as `forward`."""
+    def logits(self, states: Tensor) -> Tensor:
+        """What the sigmoid is taken of, [num_gates, batch, heads, tokens, width], of [batch, tokens, hidden_size]."""
         if self.inner is not None:
             states = F.linear(states, self.inner.weight.to(states.dtype))
         projected = F.linear(states, self.outer.weight.to(states.dtype), self.outer.bias.to(states.dtype))
-        return list(projected.unflatten(-1, self.sizes).permute(2, 0, 3, 1, 4).unbind(0))
+        return projected.unflatten(-1, self.sizes).permute(2, 0, 3, 1, 4)
 
-    def forward(self, states: Tensor) -> list[Tensor]:
-        """Each gate, [batch, heads, tokens, width], from [batch, tokens, hidden_size]."""
-        return [F.logsigmoid(logits) / self.temperature for logits in self.logits(states)]
+    def forward(self, states: Tensor) -> Tensor:
+        """The gates, as `logits`."""
+        return F.logsigmoid(self.logits(states)) / self.temperature
 
     def flops(self, num_tokens: int) -> int:
         """Operations of the projections."""
@@ -68,9 +71,10 @@ class LogGates(nn.Module):
         return 2 * num_tokens * weights
 
 
-def both_ways(gates: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+def both_ways(gates: Tensor) -> list[tuple[Tensor, Tensor | None]]:
     """Gates of `LogGates` as `GatedMixer.log_gates` gives them: forward and backward for each direction."""
-    return list(zip(gates[::2], gates[1::2], strict=True))
+    each = gates.unbind(0)
+    return list(zip(each[::2], each[1::2], strict=True))
 
 
 class GatedMixer(JointMixer):
@@ -95,24 +99,32 @@ class GatedMixer(JointMixer):
     def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
         """See `JointMixer.mix_images`."""
         mask, value = tokens.mask_of(tokens.image), tokens.product_value[:, :, tokens.image]
-        ones = torch.ones_like(value[..., :1])
+        head_dim, log_scale = value.shape[-1], pair.query.log_scale + pair.key.log_scale
+        ahead, behind = zip(*self.log_gates(tokens), strict=True)
+        gates = self._scans(ahead, tokens), None if behind[0] is None else self._scans(behind, tokens)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            each = ((states,) * len(self.directions) for states in (query, mask_keys(key, mask), value))
+            query, key, value = (self._scans(states, tokens) for states in each)
+            return self._mean_of_scans(bidirectional_gated_attention(query, key, value, *gates), tokens)
+
         if pair.rotated is None:
-            scans = [(pair.query.values, pair.key.values, torch.cat([value, ones], dim=-1))]
-        else:
-            scans = [(*pair.rotated, value), (pair.query.values, pair.key.values, ones)]
-        outputs = []
-        for direction, (ahead, behind) in zip(self.directions, self.log_gates(tokens), strict=True):
-            order, back = scan_order(tokens.context.layout, direction, value.device)
-            ahead, behind = ahead[:, :, order], None if behind is None else behind[:, :, order]
-            sums = [
-                bidirectional_gated_attention(
-                    query[:, :, order], mask_keys(key, mask)[:, :, order], some[:, :, order], ahead, behind
-                )
-                for query, key, some in scans
-            ]
-            outputs.append(torch.cat(sums, dim=-1)[:, :, back])
-        total = torch.stack(outputs).mean(dim=0)
-        return LinearPart(total[..., :-1], total[..., -1:], pair.query.log_scale + pair.key.log_scale)
+            sums = attend(pair.query.values, pair.key.values, with_ones(value))
+            return LinearPart(sums[..., :head_dim], sums[..., head_dim, None], log_scale)
+        mass = attend(pair.query.values, pair.key.values, torch.ones_like(value[..., :1]))
+        return LinearPart(attend(*pair.rotated, value), mass, log_scale)
+
+    def _scans(self, states: Sequence[Tensor], tokens: Tokens) -> Tensor:
+        """Image tokens of each direction as it scans them, beside one another: [directions x batch, heads, ...]."""
+        layout = tokens.context.layout
+        each = [in_scan_order(one, layout, direction) for one, direction in zip(states, self.directions, strict=True)]
+        return each[0] if len(each) == 1 else torch.cat(each)
+
+    def _mean_of_scans(self, states: Tensor, tokens: Tokens) -> Tensor:
+        """The mean over directions, in the layout's order."""
+        layout, each = tokens.context.layout, states.chunk(len(self.directions))
+        first, *others = (from_scan_order(one, layout, way) for one, way in zip(each, self.directions, strict=True))
+        return sum(others, first) / len(each) if others else first
 
     def dense_images(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """See `JointMixer.dense_images`."""

@@ -100,10 +100,8 @@ class LizardMixer(ConvexMixer):
 
     def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """See `GatedMixer.log_gates`."""
-        gates = [
-            gate.expand(-1, self.shape.num_heads, -1, -1) for gate in self.gates(tokens.hidden_states[:, tokens.image])
-        ]
-        return both_ways(gates)
+        gates = self.gates(tokens.hidden_states[:, tokens.image])
+        return both_ways(gates.expand(-1, -1, self.shape.num_heads, -1, -1))
 
     def combine(self, linear: Tensor, window: Tensor) -> Tensor:
         """See `ConvexMixer.combine`."""

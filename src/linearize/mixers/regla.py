@@ -96,8 +96,7 @@ class ReglaMixer(GatedMixer):
     def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """See `GatedMixer.log_gates`."""
         states = tokens.hidden_states[:, tokens.image]
-        logits = zip(self.gates.logits(states), self.refinement.logits(states), strict=True)
-        return both_ways([refined_log_gate(*pair) for pair in logits])
+        return both_ways(refined_log_gate(self.gates.logits(states), self.refinement.logits(states)))
 
     def finish(self, output: Tensor, tokens: Tokens) -> Tensor:
         """See `JointMixer.finish`: the published norm."""

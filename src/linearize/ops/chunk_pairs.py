@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from linearize.ops.precision import widen
+from linearize.ops.products import add_product
 
 # Share of the range of exponents that gates within a block may take; the rest is for the features.
 SHARE = 0.8
@@ -36,6 +36,13 @@ class Pairs(Protocol):
     keys: Tensor
     kept: Tensor
 
+    def __init__(self, query: Tensor, key: Tensor, *prepared: Tensor) -> None:
+        """From [chunks, rows, size, num_features]."""
+
+    @staticmethod
+    def prepare(gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What is made of gates, [chunks, rows, size, 2, width], for products in this type."""
+
     def gradients(self, of_weights: Tensor, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of query, key, and the gates' running sums [chunks, rows, size, 2, width], `kept` being constant."""
 
@@ -43,9 +50,8 @@ class Pairs(Protocol):
 class HeadPairs:
     """One gate in each head: weights are products of query and key, times a matrix of decays."""
 
-    def __init__(self, query: Tensor, key: Tensor, gates: Tensor) -> None:
-        self.query, self.key = query, key
-        sums = gates.cumsum(dim=2)
+    def __init__(self, query: Tensor, key: Tensor, *prepared: Tensor) -> None:
+        self.query, self.key, (sums,) = query, key, prepared
         self.kept = sums[:, :, -1]
         rest = self.kept[:, :, None] - sums
         self.decay = _decay(sums[..., 0]).to(query.dtype)
@@ -53,11 +59,18 @@ class HeadPairs:
         self.weights = query @ key.transpose(-1, -2) * self.decay
         self.queries, self.keys = query[..., None, :] * self.to_queries, key[..., None, :] * self.to_keys
 
+    @staticmethod
+    def prepare(gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """See `Pairs.prepare`: running sums."""
+        return (gates.cumsum(dim=2),)
+
     def gradients(self, of_weights: Tensor, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Pairs.gradients`."""
         of_products = of_weights * self.decay
-        of_query = of_products @ self.key + _sum_of_sides(of_queries, self.to_queries)
-        of_key = of_products.transpose(-1, -2) @ self.query + _sum_of_sides(of_keys, self.to_keys)
+        of_query = _sum_of_sides(of_queries, self.to_queries)
+        of_key = _sum_of_sides(of_keys, self.to_keys)
+        add_product(of_query, of_products, self.key)
+        add_product(of_key, of_products.transpose(-1, -2), self.query)
         of_exponents = of_weights * self.weights
         halves, wide = (of_exponents.tril(-1), of_exponents.triu(1)), self.kept.dtype
         rows, columns = (torch.stack([half.sum(dim=dim, dtype=wide) for half in halves], dim=-1) for dim in (-1, -2))
@@ -82,18 +95,31 @@ class ChannelPairs:
     so do blocks of twice the size, up to the chunk.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, gates: Tensor) -> None:
-        # With blocks of 16 the floor is below what bf16 tells from nothing, and would not be for float32.
-        self.block = 8 if query.dtype == torch.float32 else 16
-        gates = gates.clamp(min=_floor(query.dtype, self.block))
-        self.gate = _from_middle(gates, self.block).exp().to(query.dtype)
-        self.kept, self.factors = self._factors(gates, query.dtype)
+    def __init__(self, query: Tensor, key: Tensor, *prepared: Tensor) -> None:
+        self.kept, self.gate, before, behind = prepared
+        self.block = _block(query.dtype)
+        parts = _parts(2 * query.shape[2] // self.block)
+        both = (_across(before, behind), _across(behind, before))
+        self.factors = list(zip(*(states.split(parts, dim=2) for states in both), strict=True))
         self.levels = [(query[..., None, :] * self.gate, key[..., None, :] / self.gate)]
         for to_queries, to_keys in self.factors:
             queries, keys = self.levels[-1]
             self.levels.append((_scaled(queries, to_queries), _scaled(keys, to_keys)))
         self.queries, self.keys = self.levels[-1]
         self.weights = self._weights()
+
+    @staticmethod
+    def prepare(gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """See `Pairs.prepare`: gates of chunks, from the middle of blocks, and between the levels' parts."""
+        block = _block(dtype)
+        gates = gates.clamp(min=_floor(dtype, block))
+        sums = _in_blocks(gates, block).cumsum(dim=3)
+        from_middle = _turned((sums - sums[:, :, :, block // 2 - 1, None]).flatten(2, 3))
+        halves = _in_blocks(gates, block // 2).sum(dim=3)
+        on_the_way = _on_the_way(halves.shape[2], halves.device, halves.dtype)
+        paths = on_the_way.expand(*halves.shape[:2], -1, -1) @ halves.flatten(3)
+        between = paths.unflatten(-1, halves.shape[3:]).exp().to(dtype)
+        return halves.sum(dim=2), from_middle.exp().to(dtype), *between.chunk(2, dim=2)
 
     def gradients(self, of_weights: Tensor, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Pairs.gradients`."""
@@ -105,17 +131,17 @@ class ChannelPairs:
             (left, up), (down, right) = (half.split(size, dim=-1) for half in of_weights.split(size, dim=-2))
             seeing, seen = _facing(queries, keys, size), _facing(of_queries, of_keys, size)
             for of_pairs, (query, key), (of_query, of_key) in zip((down, up), seeing, seen, strict=True):
-                of_query += of_pairs @ key
-                of_key += of_pairs.transpose(-1, -2) @ query
+                add_product(of_query, of_pairs, key)
+                add_product(of_key, of_pairs.transpose(-1, -2), query)
             of_weights = torch.stack([left, right], dim=3).flatten(2, 3)
         of_queries, of_keys = _scaled(of_queries, self.factors[0][0]), _scaled(of_keys, self.factors[0][1])
         for side, of_pairs in enumerate((of_weights.tril(), of_weights.triu(1))):
             query, key, of_query, of_key = (
                 _in_blocks(states, size)[..., side, :] for states in (inside_queries, inside_keys, of_queries, of_keys)
             )
-            of_query += of_pairs @ key
-            of_key += of_pairs.transpose(-1, -2) @ query
-        of_sums = _turned(widen(of_queries * inside_queries) - of_keys * inside_keys)
+            add_product(of_query, of_pairs, key)
+            add_product(of_key, of_pairs.transpose(-1, -2), query)
+        of_sums = _turned(torch.addcmul(of_queries * inside_queries, of_keys, inside_keys, value=-1))
         return _sum_of_sides(of_queries, self.gate), _sum_of_sides(of_keys, self.gate.reciprocal()), of_sums
 
     def _weights(self) -> Tensor:
@@ -129,16 +155,6 @@ class ChannelPairs:
             weights = torch.cat([torch.cat([left, up], dim=-1), torch.cat([down, right], dim=-1)], dim=-2)
             size *= 2
         return weights[:, :, 0]
-
-    def _factors(self, gates: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The gates of whole chunks, and what queries and keys are multiplied by from one level to the next."""
-        halves = _in_blocks(gates, self.block // 2).sum(dim=3)
-        on_the_way = _on_the_way(halves.shape[2], halves.device, halves.dtype)
-        paths = on_the_way.expand(*halves.shape[:2], -1, -1) @ halves.flatten(3)
-        before, behind = paths.unflatten(-1, halves.shape[3:]).exp().to(dtype).chunk(2, dim=2)
-        both = (_across(before, behind), _across(behind, before))
-        parts = _parts(halves.shape[2])
-        return halves.sum(dim=2), list(zip(*(states.split(parts, dim=2) for states in both), strict=True))
 
 
 def _across(first: Tensor, second: Tensor) -> Tensor:
@@ -157,15 +173,14 @@ def _sum_of_sides(states: Tensor, factors: Tensor) -> Tensor:
     return torch.addcmul(states[..., 0, :] * factors[..., 0, :], states[..., 1, :], factors[..., 1, :])
 
 
+def _block(dtype: torch.dtype) -> int:
+    """Tokens of a block: with 16, the floor is below what bf16 tells from nothing, and would not be for float32."""
+    return 8 if dtype == torch.float32 else 16
+
+
 def _floor(dtype: torch.dtype, block: int) -> float:
     """Of logarithmic gates, so that products over half a block, and their inverses, leave room for the features."""
     return -SHARE * math.log(torch.finfo(dtype).max) / (block // 2)
-
-
-def _from_middle(gates: Tensor, size: int) -> Tensor:
-    """Logarithm of the gates that queries have between them and the middle of their blocks; keys have the inverse."""
-    sums = _in_blocks(gates, size).cumsum(dim=3)
-    return _turned((sums - sums[:, :, :, size // 2 - 1, None]).flatten(2, 3))
 
 
 def _scaled(states: Tensor, factors: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linearize.ops.chunk_pairs import ChannelPairs, HeadPairs, Pairs
 from linearize.ops.chunk_states import BOTH_WAYS, BOTH_WAYS_BACK, carry_states
-from linearize.ops.products import aligned, wide_product
+from linearize.ops.products import add_product, aligned, wide_product
 
 # Tokens of a chunk: within it weights are explicit, between chunks states are carried on.
 CHUNK = 64
@@ -33,65 +33,73 @@ def chunked(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, bac
 
 
 class _Chunks:
-    """Value, pairs and states of chunks, [chunks, batch x heads, ...]."""
+    """Value, pairs and states of chunks, [chunks, batch x heads, ...], from their query, key and prepared gates."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, backward_gate: Tensor) -> None:
-        query, key, self.value = (_in_chunks(states).contiguous() for states in (query, key, value))
-        gates = torch.stack([_in_chunks(gate) for gate in (forward_gate, shifted(backward_gate))], dim=-2)
-        pairs = HeadPairs if gates.shape[-1] == 1 else ChannelPairs
-        self.pairs: Pairs = pairs(query, key, gates)
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, *prepared: Tensor) -> None:
+        self.value, self.pairs = value, _pairs(prepared[0].shape[-1])(query, key, *prepared)
         self.queries, self.keys = self.pairs.queries.flatten(3), self.pairs.keys.flatten(3)
-        self.states = self.carry(self.keys, self.value, BOTH_WAYS)
+        self.states = self.carry(self.keys, value, BOTH_WAYS)
 
     def carry(self, keys: Tensor, values: Tensor, reverse: tuple[bool, bool]) -> Tensor:
         """States of both sides, [chunks, rows, 2, num_features, channels], in float32 at least."""
         added = wide_product(keys.transpose(-1, -2), values)
         return carry_states(added.unflatten(2, (2, -1)), self.pairs.kept, reverse)
 
-    def gradient_of_kept(self, of_added: Tensor) -> Tensor:
+    def output(self) -> Tensor:
+        """What the chunks' tokens see."""
+        output = self.pairs.weights @ self.value
+        add_product(output, self.queries, _for_products(self.states, self.value))
+        return output
+
+    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of query, key, value and gates. The states' gradients are states that are carried on the other way."""
+        of_states = self.carry(self.queries, gradient, BOTH_WAYS_BACK)
+        states, added = _for_products(self.states, gradient), _for_products(of_states, gradient)
+        of_value = self.pairs.weights.transpose(-1, -2) @ gradient
+        add_product(of_value, self.keys, added)
+        of_query, of_key, of_sums = self.pairs.gradients(
+            gradient @ self.value.transpose(-1, -2),
+            (gradient @ states.transpose(-1, -2)).view_as(self.pairs.queries),
+            (self.value @ added.transpose(-1, -2)).view_as(self.pairs.keys),
+        )
+        of_gates = _sums_from_behind(of_sums).add_(self._of_kept(of_states)[:, :, None])
+        return of_query, of_key, of_value, of_gates
+
+    def _of_kept(self, of_states: Tensor) -> Tensor:
         """Of each chunk's sum of gates, [chunks, rows, 2, width], which is what states have behind, or before it."""
-        ahead, behind = self.states[1:, :, 0] * of_added[:-1, :, 0], self.states[:-1, :, 1] * of_added[1:, :, 1]
+        ahead, behind = self.states[1:, :, 0] * of_states[:-1, :, 0], self.states[:-1, :, 1] * of_states[1:, :, 1]
         each = torch.stack([side.sum(dim=-1) for side in (ahead, behind)], dim=2)
         total = each if self.pairs.kept.shape[-1] > 1 else each.sum(dim=-1, keepdim=True)
         return F.pad(total, (0, 0, 0, 0, 0, 0, 0, 1))
 
 
 class _Scan(torch.autograd.Function):
-    """Computes all but its arguments again for the gradient, which is made of the same products and states."""
+    """Keeps chunks of query, key, value and gates for the gradient, and computes all else again."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, backward_gate: Tensor
     ) -> Tensor:
         """[batch, heads, tokens, channels]."""
-        ctx.save_for_backward(query, key, value, forward_gate, backward_gate)
-        chunks = _Chunks(query, key, value, forward_gate, backward_gate)
-        output = chunks.pairs.weights @ chunks.value + chunks.queries @ _for_products(chunks.states, value)
-        return _from_chunks(output, value)
+        gates = torch.stack([_in_chunks(gate) for gate in (forward_gate, shifted(backward_gate))], dim=-2)
+        prepared = _pairs(gates.shape[-1]).prepare(gates, query.dtype)
+        kept = [*(_in_chunks(states).contiguous() for states in (query, key, value)), *prepared]
+        ctx.save_for_backward(*kept)
+        ctx.sizes = query.shape[:3]
+        return _from_chunks(_Chunks(*kept).output(), *ctx.sizes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        """The states' gradients are states that are carried on in the other direction."""
-        query, key, value, forward_gate, backward_gate = ctx.saved_tensors
-        chunks = _Chunks(query, key, value, forward_gate, backward_gate)
-        gradient = _in_chunks(gradients[0].to(value.dtype)).contiguous()
-        of_added = chunks.carry(chunks.queries, gradient, BOTH_WAYS_BACK)
-        states, added = _for_products(chunks.states, value), _for_products(of_added, value)
-        of_value = chunks.pairs.weights.transpose(-1, -2) @ gradient + chunks.keys @ added
-        of_query, of_key, of_sums = chunks.pairs.gradients(
-            gradient @ chunks.value.transpose(-1, -2),
-            (gradient @ states.transpose(-1, -2)).view_as(chunks.pairs.queries),
-            (chunks.value @ added.transpose(-1, -2)).view_as(chunks.pairs.keys),
-        )
-        of_gates = _sums_from_behind(of_sums) + chunks.gradient_of_kept(of_added)[:, :, None]
-        of_forward, of_backward = (_from_chunks(of_gate, forward_gate) for of_gate in of_gates.unbind(dim=-2))
-        return (
-            _from_chunks(of_query, query),
-            _from_chunks(of_key, key),
-            _from_chunks(of_value, value),
-            of_forward,
-            F.pad(of_backward, (0, 0, 0, 1))[:, :, 1:],
-        )
+        """By the products and states that `_Chunks.gradients` tells."""
+        chunks = _Chunks(*ctx.saved_tensors)
+        gradient = _in_chunks(gradients[0].to(chunks.value.dtype)).contiguous()
+        *of_states, of_gates = chunks.gradients(gradient)
+        each = [_from_chunks(states, *ctx.sizes) for states in (*of_states, *of_gates.unbind(dim=-2))]
+        return *each[:4], F.pad(each[4], (0, 0, 0, 1))[:, :, 1:]
+
+
+def _pairs(gate_width: int) -> type[Pairs]:
+    return HeadPairs if gate_width == 1 else ChannelPairs
 
 
 def shifted(states: Tensor) -> Tensor:
@@ -106,11 +114,9 @@ def _in_chunks(states: Tensor) -> Tensor:
     return padded.unflatten(2, (-1, CHUNK)).flatten(0, 1).transpose(0, 1)
 
 
-def _from_chunks(states: Tensor, like: Tensor) -> Tensor:
-    """[chunks, batch x heads, CHUNK, channels] to [batch, heads, tokens, channels], in the type of such a tensor."""
-    batch, heads, num_tokens = like.shape[:3]
-    whole = states.unflatten(1, (batch, heads)).movedim(0, 2).flatten(2, 3)
-    return whole[:, :, :num_tokens].to(like.dtype)
+def _from_chunks(states: Tensor, batch: int, heads: int, num_tokens: int) -> Tensor:
+    """[chunks, batch x heads, CHUNK, channels] to [batch, heads, tokens, channels]."""
+    return states.transpose(0, 1).flatten(1, 2).unflatten(0, (batch, heads))[:, :, :num_tokens]
 
 
 def _for_products(states: Tensor, like: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def _for_products(states: Tensor, like: Tensor) -> Tensor:
 
 
 def _sums_from_behind(states: Tensor) -> Tensor:
-    """Sums from each token of a chunk to the last, by a product: twice the speed of a sum that is turned twice."""
+    """Sums from each token of a chunk to the last, in float32 at least: a product, as sums that are turned are slow."""
     size = states.shape[2]
     is_behind = torch.ones(size, size, dtype=states.dtype, device=states.device).triu()
-    return (is_behind.expand(*states.shape[:2], size, size) @ states.flatten(3)).view_as(states)
+    return wide_product(is_behind.expand(*states.shape[:2], size, size), states.flatten(3)).view(states.shape)

@@ -42,6 +42,12 @@ def wide_product(first: Tensor, second: Tensor) -> Tensor:
     return product.unflatten(0, first.shape[:-2])
 
 
+def add_product(states: Tensor, first: Tensor, second: Tensor) -> None:
+    """Adds a product [..., rows, columns] to a tensor in place, views included, without a gradient."""
+    flat = states.view(-1, *states.shape[-2:])
+    flat.baddbmm_(first.flatten(0, -3), second.flatten(0, -3))
+
+
 class _WideMatmul(torch.autograd.Function):
     """bmm with an output wider than its inputs, which has no derivative of its own."""
 
@@ -73,5 +79,5 @@ def aligned(states: Tensor, alignment: int = ALIGNMENT) -> Tensor:
 
 def with_ones(value: Tensor) -> Tensor:
     """[..., channels] with a column of ones behind, whose weighted sum is the mass, and zeros up to the alignment."""
-    ones = torch.ones_like(value[..., :1])
-    return aligned(torch.cat([value, ones], dim=-1))
+    last = torch.arange(-(value.shape[-1] + 1) % ALIGNMENT + 1, device=value.device) == 0
+    return torch.cat([value, last.to(value.dtype).expand(*value.shape[:-1], -1)], dim=-1)

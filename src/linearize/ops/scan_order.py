@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +63,37 @@ def cross_scan(layout: Layout, with_text: bool, device: torch.device) -> tuple[T
         parts = [behind, back + layout.num_text_tokens]
         back = torch.cat(parts if layout.text_first else parts[::-1], dim=1)
     return orders.to(device), back.to(device)
+
+
+def in_scan_order(states: Tensor, layout: Layout, direction: str) -> Tensor:
+    """Image tokens, [batch, heads, tokens, channels], from the layout's order to that of `scan_order`."""
+    if _is_as_it_is(layout, direction):
+        return states
+    return _Reordered.apply(states, *scan_order(layout, direction, states.device))
+
+
+def from_scan_order(states: Tensor, layout: Layout, direction: str) -> Tensor:
+    """The inverse of `in_scan_order`."""
+    if _is_as_it_is(layout, direction):
+        return states
+    return _Reordered.apply(states, *reversed(scan_order(layout, direction, states.device)))
+
+
+def _is_as_it_is(layout: Layout, direction: str) -> bool:
+    return direction == "rows" and layout.tile is None
+
+
+class _Reordered(torch.autograd.Function):
+    """Tokens in another order, and gradients back: each token is taken once, so that nothing has to be added up."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        """`states[:, :, index]`."""
+        ctx.save_for_backward(inverse)
+        return states.index_select(2, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """By the inverse."""
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(2, inverse), None, None
