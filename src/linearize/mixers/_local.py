@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from linearize.errors import LinearizeError
 from linearize.layout import Layout
+from linearize.mixers._arguments import check_number
 from linearize.mixers.base import AttentionShape, Mixer, MixerContext
 from linearize.ops.halo_tables import seen_pairs
 from linearize.ops.local_attention import local_attention
@@ -37,10 +37,7 @@ class LocalMixer(Mixer):
 
     def __init__(self, shape: AttentionShape, *, window: int = 8) -> None:
         super().__init__(shape)
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            raise LinearizeError(
-                f"mixer {self._name()!r} got window={window!r}; choose a whole number of tokens, 1 or more"
-            )
+        check_number(self._name(), "window", window, 1)
         self.window = window
 
     @classmethod
