@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linearize.ops.chunk_pairs import ChannelPairs, HeadPairs, Pairs
 from linearize.ops.chunk_states import BOTH_WAYS, BOTH_WAYS_BACK, carry_states
+from linearize.ops.precision import without_autocast
 from linearize.ops.products import add_product, aligned, wide_product
 
 # Tokens of a chunk: within it weights are explicit, between chunks states are carried on.
@@ -89,6 +90,7 @@ class _Scan(torch.autograd.Function):
         return _from_chunks(_Chunks(*kept).output(), *ctx.sizes)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         """By the products and states that `_Chunks.gradients` tells."""
         chunks = _Chunks(*ctx.saved_tensors)
