@@ -8,8 +8,8 @@ from torch import Tensor
 from linearize.mixers._joint import JointMixer
 from linearize.mixers._tokens import FeaturePair, Tokens
 from linearize.mixers.base import MixerContext
-from linearize.ops.linear_attention import LinearPart, dense_linear_weights, mask_keys, state_of
-from linearize.ops.products import aligned, for_products
+from linearize.ops.linear_attention import LinearPart, dense_linear_weights, mask_keys, numerator_and_mass, state_of
+from linearize.ops.products import aligned, for_products, with_ones
 
 
 class KernelMixer(JointMixer):
@@ -38,12 +38,12 @@ class KernelMixer(JointMixer):
         """See `JointMixer.mix_images`."""
         context, mask, value = tokens.context, tokens.mask_of(tokens.image), tokens.product_value[:, :, tokens.image]
         query, key = pair.query.values, mask_keys(pair.key.values, mask)
-        log_scale, ones = pair.query.log_scale + pair.key.log_scale, torch.ones_like(value[..., :1])
+        log_scale = pair.query.log_scale + pair.key.log_scale
         if pair.rotated is None:
-            sums = self.weigh(query, key, torch.cat([value, ones], dim=-1), context)
-            return LinearPart(sums[..., :-1], sums[..., -1:], log_scale)
+            sums = self.weigh(query, key, with_ones(value), context)
+            return LinearPart(*numerator_and_mass(sums, value.shape[-1]), log_scale)
         numerator = self.weigh(pair.rotated[0], mask_keys(pair.rotated[1], mask), value, context)
-        return LinearPart(numerator, self.weigh(query, key, ones, context), log_scale)
+        return LinearPart(numerator, self.weigh(query, key, torch.ones_like(value[..., :1]), context), log_scale)
 
     def dense_images(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """See `JointMixer.dense_images`."""

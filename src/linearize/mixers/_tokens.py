@@ -98,12 +98,15 @@ class Tokens:
 
     def for_products(self, states: Tensor) -> Tensor:
         """A tensor of float32 or wider as products take it."""
-        return states if self.product_dtype is None else states.to(self.product_dtype)
+        if self.product_dtype is None:
+            return states
+        # Head by head in memory, in the same copy: products would copy it again.
+        return states.to(self.product_dtype, memory_format=torch.contiguous_format)
 
     @_once
     def _rotated(self) -> tuple[Tensor, Tensor]:
         """Rotated query and key in their own types, with key-value heads."""
-        return self.context.rotate(self.given[0]), self.context.rotate(self.given[1])
+        return self.context.rotate_both(self.given[0], self.given[1])
 
     @property
     def hidden_states(self) -> Tensor:

@@ -92,11 +92,12 @@ class LinearMixer(JointMixer):
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
-        query, key = tokens.query, tokens.key
         if self.mlp:
-            query, key = self.query_mlp(query), self.key_mlp(key)
-        if self.rope == "before_map":
-            query, key = tokens.context.rotate(query), tokens.context.rotate(key)
+            query, key = self.query_mlp(tokens.query), self.key_mlp(tokens.key)
+            if self.rope == "before_map":
+                query, key = tokens.context.rotate(query), tokens.context.rotate(key)
+        else:
+            query, key = tokens.rotated if self.rope == "before_map" else (tokens.query, tokens.key)
         mapped = self.query_map(self._merge(query), is_key=False)
         keys = self.key_map(self._merge(key), is_key=True, key_mask=tokens.context.key_mask)
         if self.rope != "after_map":
@@ -105,12 +106,13 @@ class LinearMixer(JointMixer):
 
     def attend(self, pair: FeaturePair, value: Tensor, key_mask: Tensor | None) -> LinearPart:
         """See `JointMixer.attend`; merged heads are parted again."""
-        pairs, values = [pair], [self._merge(value)]
-        if self.polar:
-            pairs, values = [pair, _opposite(pair)], list(values[0].chunk(2, dim=-1))
+        value = self._merge(value)
+        if not self.polar:
+            part = linear_attention(pair.query, pair.key, value, key_mask=key_mask, rotated=pair.rotated)
+            return LinearPart(self._part(part.numerator), self._repeat(part.mass), self._repeat(part.log_scale))
         parts = [
             linear_attention(one.query, one.key, some, key_mask=key_mask, rotated=one.rotated)
-            for one, some in zip(pairs, values, strict=True)
+            for one, some in zip((pair, _opposite(pair)), value.chunk(2, dim=-1), strict=True)
         ]
         numerator = torch.cat([part.numerator for part in parts], dim=-1)
         mass = torch.cat([part.mass.expand_as(part.numerator) for part in parts], dim=-1)
@@ -153,14 +155,18 @@ class LinearMixer(JointMixer):
 
     def _merge(self, states: Tensor) -> Tensor:
         """[batch, heads, tokens, head_dim] to heads of the linear attention, which are wider."""
+        if self.merged == 1:
+            return states
         return states.unflatten(1, (-1, self.merged)).transpose(2, 3).flatten(3)
 
     def _part(self, states: Tensor) -> Tensor:
         """The inverse of `_merge`."""
+        if self.merged == 1:
+            return states
         return states.unflatten(3, (self.merged, -1)).transpose(2, 3).flatten(1, 2)
 
     def _repeat(self, states: Tensor) -> Tensor:
-        return states.repeat_interleave(self.merged, dim=1) if states.dim() > 1 else states
+        return states.repeat_interleave(self.merged, dim=1) if self.merged > 1 and states.dim() > 1 else states
 
 
 def _opposite(pair: FeaturePair) -> FeaturePair:

@@ -102,6 +102,8 @@ class NprfMixer(RandomFeatureMixer):
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> Tensor:
         """See `KernelMixer.weigh`."""
         tables = offset_tables(context.layout, query.device)
+        # Without what is there for alignment alone.
+        value = value[..., : self.shape.head_dim + 1]
         factor = self.bias(tables.offsets).exp().to(query.dtype)
         return weigh_by_offset(query, key, value, factor, tables.places, tables.order)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,8 @@ def merge(first: SoftmaxPart | None, second: SoftmaxPart) -> SoftmaxPart:
     masses = [(part.log_mass - largest).exp() for part in (first, second)]
     total = masses[0] + masses[1]
     tiny = torch.finfo(total.dtype).tiny
-    output = (masses[0] * first.output + masses[1] * second.output) / total.clamp(min=tiny)
+    shares = [mass / total.clamp(min=tiny) for mass in masses]
+    output = _WeightedSum.apply(shares[0], first.output, shares[1], second.output)
     log_mass = torch.where(total > 0, total.clamp(min=tiny).log() + largest, -torch.inf)
     maximum = None
     if first.largest is not None and second.largest is not None:
@@ -176,7 +177,7 @@ def join(exact: SoftmaxPart | None, linear: LinearPart) -> Tensor:
     arXiv 2410.10254, applies it to the softmax branch alone, which is another function.)
 
     Returns:
-        [batch, heads, queries, head_dim], zeros where nothing is seen.
+        [batch, heads, queries, head_dim], zeros where nothing is seen, in the type of output and numerator.
     """
     tiny = torch.finfo(linear.mass.dtype).tiny
     if exact is None:
@@ -185,7 +186,34 @@ def join(exact: SoftmaxPart | None, linear: LinearPart) -> Tensor:
     largest = torch.maximum(exact.log_mass.detach(), log_mass)
     largest = largest.masked_fill(largest.isinf(), 0.0)
     near, far = (exact.log_mass - largest).exp(), (linear.log_scale - largest).exp()
-    return (near * exact.output + far * linear.numerator) / (near + far * linear.mass).clamp(min=tiny)
+    total = near + far * linear.mass
+    total = total.masked_fill(total <= 0, torch.inf)
+    return _WeightedSum.apply(near / total, exact.output, far / total, linear.numerator)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """a x + b y in the type of x and y, with weights [..., 1 or channels] that may be wider: sums are as wide."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        """See the class."""
+        ctx.save_for_backward(a, x, b, y)
+        return (a * x).addcmul_(b, y).to(torch.promote_types(x.dtype, y.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Products in the type of the inputs."""
+        (gradient,), (a, x, b, y) = gradients, ctx.saved_tensors
+        of_weights = [_sum_like(gradient.to(states.dtype) * states, weight) for weight, states in ((a, x), (b, y))]
+        of_states = [gradient.to(states.dtype) * weight.to(states.dtype) for weight, states in ((a, x), (b, y))]
+        return of_weights[0], of_states[0], of_weights[1], of_states[1]
+
+
+def _sum_like(states: Tensor, weight: Tensor) -> Tensor:
+    """Summed over channels if the weight has one for all."""
+    if weight.shape[-1] == states.shape[-1]:
+        return states.to(weight.dtype)
+    return states.sum(dim=-1, keepdim=True, dtype=weight.dtype)
 
 
 def dense_join(scores: Tensor, seen: Tensor, linear: tuple[Tensor, Tensor], value: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def softmax_with_mass(
 
 
 class _Softmax(torch.autograd.Function):
-    """Kernels that return the mass have no gradient of it: dS = P (dP - rowsum(dO O) + dL)."""
+    """Kernels that return the mass have no gradient of it: dS = P (dP - rowsum(P dP) + dL)."""
 
     @staticmethod
     def forward(
@@ -51,22 +51,23 @@ class _Softmax(torch.autograd.Function):
             output, log_mass = found[0], found[1]
         else:
             output, log_mass = _in_blocks(query, key, value, key_mask, scale)
-        ctx.save_for_backward(query, key, value, key_mask, output, log_mass)
+        ctx.save_for_backward(query, key, value, key_mask, log_mass)
         ctx.scale = scale
         return output, log_mass[..., None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, key_mask, output, log_mass = ctx.saved_tensors
+        query, key, value, key_mask, log_mass = ctx.saved_tensors
         of_output, of_mass = gradients[0].to(value.dtype), gradients[1]
         # A query that sees nothing has scores and a mass of -inf.
         log_mass = log_mass.masked_fill(log_mass.isinf(), 0.0)[..., None]
-        shift = of_mass - (widen(of_output) * widen(output)).sum(dim=-1, keepdim=True)
         of_query, of_key, of_value = [], torch.zeros_like(widen(key)), torch.zeros_like(widen(value))
         for some in _blocks(query, key):
             weights = (_scores(query[:, :, some], key, key_mask, ctx.scale) - log_mass[:, :, some]).exp()
-            of_weights = wide_matmul(of_output[:, :, some], value.transpose(-1, -2))
-            of_scores = (weights * (of_weights + shift[:, :, some]) * ctx.scale).to(query.dtype)
+            of_scores = weights * wide_matmul(of_output[:, :, some], value.transpose(-1, -2))
+            # The mean over keys is that of dO O.
+            shift = of_mass[:, :, some] - of_scores.sum(dim=-1, keepdim=True)
+            of_scores = (of_scores.addcmul_(weights, shift) * ctx.scale).to(query.dtype)
             of_query.append(of_scores @ key)
             of_key += wide_matmul(of_scores.transpose(-1, -2), query[:, :, some])
             of_value += wide_matmul(weights.to(value.dtype).transpose(-1, -2), of_output[:, :, some])
