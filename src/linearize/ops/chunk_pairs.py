@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from linearize.ops.precision import widen
 from linearize.ops.products import add_product
 
 # Share of the range of exponents that gates within a block may take; the rest is for the features.
@@ -96,7 +97,7 @@ class ChannelPairs:
     """
 
     def __init__(self, query: Tensor, key: Tensor, *prepared: Tensor) -> None:
-        self.kept, self.gate, before, behind = prepared
+        self.query, self.key, (self.kept, self.gate, before, behind) = query, key, prepared
         self.block = _block(query.dtype)
         parts = _parts(2 * query.shape[2] // self.block)
         both = (_across(before, behind), _across(behind, before))
@@ -123,7 +124,8 @@ class ChannelPairs:
 
     def gradients(self, of_weights: Tensor, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Pairs.gradients`."""
-        size, of_weights = of_weights.shape[-1], of_weights[:, :, None]
+        size, diagonal = of_weights.shape[-1], of_weights.diagonal(dim1=-2, dim2=-1)[..., None]
+        of_weights = of_weights[:, :, None]
         (inside_queries, inside_keys), *levels = self.levels
         for (queries, keys), (to_queries, to_keys) in zip(levels[-2::-1], self.factors[:0:-1], strict=True):
             size //= 2
@@ -135,14 +137,17 @@ class ChannelPairs:
                 add_product(of_key, of_pairs.transpose(-1, -2), query)
             of_weights = torch.stack([left, right], dim=3).flatten(2, 3)
         of_queries, of_keys = _scaled(of_queries, self.factors[0][0]), _scaled(of_keys, self.factors[0][1])
-        for side, of_pairs in enumerate((of_weights.tril(), of_weights.triu(1))):
+        for side, of_pairs in enumerate((of_weights.tril(-1), of_weights.triu(1))):
             query, key, of_query, of_key = (
                 _in_blocks(states, size)[..., side, :] for states in (inside_queries, inside_keys, of_queries, of_keys)
             )
             add_product(of_query, of_pairs, key)
             add_product(of_key, of_pairs.transpose(-1, -2), query)
-        of_sums = _turned(torch.addcmul(of_queries * inside_queries, of_keys, inside_keys, value=-1))
-        return _sum_of_sides(of_queries, self.gate), _sum_of_sides(of_keys, self.gate.reciprocal()), of_sums
+        of_sums = _turned(widen(of_queries) * inside_queries - widen(of_keys) * inside_keys)
+        # A token sees itself through no gate: among the others, it would leave its rounding in the gates' gradients.
+        of_query = _sum_of_sides(of_queries, self.gate).addcmul_(self.key, diagonal)
+        of_key = _sum_of_sides(of_keys, self.gate.reciprocal()).addcmul_(self.query, diagonal)
+        return of_query, of_key, of_sums
 
     def _weights(self) -> Tensor:
         size = self.block
