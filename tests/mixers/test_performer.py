@@ -173,3 +173,16 @@ def test_the_cost_is_linear_in_tokens():
 def test_wrong_knobs_name_the_choices(knobs, words):
     with pytest.raises(LinearizeError, match=words):
         build_mixer("performer", SHAPE, knobs)
+
+
+@pytest.mark.parametrize("is_key", [False, True])
+def test_gradients_of_features_are_those_of_the_exponential(is_key):
+    projection = draw_projection(5, 4, generator())
+    states = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
+    features = positive_features(states, projection, is_key=is_key)
+    # The factor that is split off is a constant to the gradient.
+    exponents = states @ projection.T - states.square().sum(dim=-1, keepdim=True) / 2 - math.log(5) / 2
+    plain = (exponents - features.log_scale).exp()
+    torch.testing.assert_close(features.values, plain)
+    gradients = [torch.autograd.grad(values.sin().sum(), states)[0] for values in (features.values, plain)]
+    torch.testing.assert_close(*gradients)

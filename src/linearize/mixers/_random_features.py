@@ -75,9 +75,10 @@ class RandomFeatureMixer(KernelMixer):
         """See `JointMixer.features`: rotation comes first, as the features estimate a function of q k."""
         pair = tokens.rotated if self.is_rotated else (tokens.query, tokens.key)
         query, key = (self._scaled(states, tokens.context.scale) for states in pair)
+        mask, dtype = tokens.context.key_mask, tokens.product_dtype
         return FeaturePair(
-            positive_features(query, self.projection, is_key=False),
-            positive_features(key, self.projection, is_key=True, key_mask=tokens.context.key_mask),
+            positive_features(query, self.projection, is_key=False, dtype=dtype),
+            positive_features(key, self.projection, is_key=True, key_mask=mask, dtype=dtype),
         )
 
     def _scaled(self, states: Tensor, scale: float) -> Tensor:

@@ -57,7 +57,7 @@ def hedgehog(states: Tensor, weight: Tensor) -> Tensor:
 
 def signed_powers(states: Tensor, power: Tensor) -> Tensor:
     """[relu(x)^p, relu(-x)^p] (PolaFormer, arXiv 2501.15061); power broadcasts to the states."""
-    return torch.cat([_power(F.relu(states), power), _power(F.relu(-states), power)], dim=-1)
+    return _SignedPowers.apply(states, power)
 
 
 def swap_signs(features: Tensor) -> Tensor:
@@ -80,14 +80,33 @@ def safe_exponential(states: Tensor, over_tokens: bool, key_mask: Tensor | None 
         seen = seen.masked_fill(~key_mask[:, None, :, None], -torch.inf)
     largest = seen.amax(dim=(-2, -1) if over_tokens else -1, keepdim=True)
     largest = largest.masked_fill(largest.isinf(), 0.0)
-    # Masked keys may be larger; they only have to stay finite.
-    return Features((states - largest).clamp(max=0.0).exp(), largest)
+    exponents = states - largest
+    if key_mask is not None:
+        # Masked keys may be larger; they only have to stay finite.
+        exponents = exponents.clamp(max=0.0)
+    return Features(exponents.exp(), largest)
 
 
-def _power(states: Tensor, power: Tensor) -> Tensor:
-    """x^p for x >= 0 with finite gradients at 0, where the power's own would be 0 log 0."""
-    positive = states > 0
-    return torch.where(positive, torch.where(positive, states, 1.0) ** power, 0.0)
+class _SignedPowers(torch.autograd.Function):
+    """See `signed_powers`. Keeps nothing but its inputs, and gradients are finite at 0, where 0 log 0 would not be."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, power: Tensor) -> Tensor:
+        """[..., channels] to [..., 2 channels]."""
+        ctx.save_for_backward(states, power)
+        is_half = torch.stack([states > 0, states < 0], dim=-2)
+        return torch.where(is_half, (states.abs() ** power)[..., None, :], 0.0).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the half that x is in: p |x|^(p - 1) sign(x) and |x|^p log |x|, times its gradient."""
+        states, power = ctx.saved_tensors
+        first, second = gradients[0].chunk(2, dim=-1)
+        size = states.abs()
+        # |x|^(p - 1), with the sign of x; p is above 1.
+        slope = torch.where(states > 0, first, -second) * size ** (power - 1)
+        of_power = (slope * torch.xlogy(states, size)).sum_to_size(power.shape)
+        return slope * power, of_power
 
 
 class FeatureMap(nn.Module):
@@ -204,9 +223,8 @@ class PolarMap(FeatureMap):
 
     def map(self, states: Tensor) -> Tensor:
         """See `FeatureMap.map`."""
-        return signed_powers(
-            states / F.softplus(self.width.to(states.dtype)), 1 + 4 * self.power.to(states.dtype).sigmoid()
-        )
+        power = 1 + 4 * self.power.to(states.dtype).sigmoid()
+        return signed_powers(states * F.softplus(self.width.to(states.dtype)).reciprocal(), power)
 
 
 class ExponentialMap(FeatureMap):
