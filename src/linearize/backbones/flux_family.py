@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from linearize.backbones.base import Backbone
-from linearize.backbones.flux_student import LinearFluxAttention, LinearFluxTransformer2DModel, flux_sites, shape_of
+from linearize.backbones.flux_student import LinearFluxTransformer2DModel, flux_sites, shape_of
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.mixers import AttentionShape
@@ -67,9 +67,6 @@ class FluxBackbone(Backbone):
 
     def compile_blocks(self, transformer: Any, backend: str) -> None:
         """See `Backbone.compile_blocks`."""
-        if isinstance(transformer, LinearFluxTransformer2DModel) and transformer.device.type == "cuda":
-            for site in flux_sites(transformer).values():
-                cast(LinearFluxAttention, site).pack()
         super().compile_blocks(transformer, backend)
         transformer.single_transformer_blocks[0].register_forward_pre_hook(_join_streams, with_kwargs=True)
 

@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
 from torch import Tensor, nn
 
-from linearize.backbones.flux_fused import FusedGelu, LinearFluxSingleBlock, PackedLinears, is_fused, project
+from linearize.backbones.flux_fused import FusedAdaLayerNormZero, FusedGelu, LinearFluxSingleBlock, is_fused
 from linearize.backbones.plan import Plan, match_dtype_and_device, mixers_for_plan, preferred_order
 from linearize.backbones.position_ids import grids_from_ids
 from linearize.backbones.recording import Recorder
@@ -23,7 +23,7 @@ from linearize.backbones.saving import StudentSaving
 from linearize.errors import LinearizeError, mistake_behind
 from linearize.layout import TILE, Layout
 from linearize.mixers import AttentionShape, Mixer, MixerContext
-from linearize.ops.norm_rotate import norm_rotate
+from linearize.ops.fused_norms import norm_rotate
 
 _ORDERS = {"raster": None, "tile": TILE}
 _NO_PROCESSORS = (
@@ -54,8 +54,6 @@ class LinearFluxAttention(FluxAttention):
     theta: int
     axes_dim: tuple[int, ...]
     recorder: Recorder | None = None
-    # Of the hidden states' query, key and value, and of the text's; none before `pack`.
-    packed: tuple[PackedLinears | None, ...] = (None, None)
 
     @staticmethod
     def convert(attention: FluxAttention, mixer: Mixer, pos_embed: Any) -> None:
@@ -63,17 +61,6 @@ class LinearFluxAttention(FluxAttention):
         attention.__class__ = LinearFluxAttention
         attention.mixer = match_dtype_and_device(mixer, attention)
         attention.theta, attention.axes_dim = pos_embed.theta, tuple(pos_embed.axes_dim)
-
-    def pack(self) -> None:
-        """Lays the weights of query, key and value side by side in memory, where they do not train."""
-        self.packed = tuple(
-            PackedLinears(layers) if PackedLinears.takes(layers) else None for layers in self._projections()
-        )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Parameters that move lie apart again.
-        self.packed = (None, None)
-        return super()._apply(fn, recurse)
 
     def set_processor(self, processor: Any) -> None:
         """Raises LinearizeError, except while the stock constructor runs: no processor may take the mixer's place."""
@@ -127,23 +114,13 @@ class LinearFluxAttention(FluxAttention):
         text, image = attention.split_with_sizes([num_text_tokens, attention.shape[1] - num_text_tokens], dim=1)
         return self.to_out[1](self.to_out[0](image.contiguous())), self.to_add_out(text.contiguous())
 
-    def _projections(self) -> list[list[nn.Linear]]:
-        """Query, key and value layers of the hidden states, and of text, where the block has it apart."""
-        own = [self.to_q, self.to_k, self.to_v]
-        return [own] if self.added_kv_proj_dim is None else [own, [self.add_q_proj, self.add_k_proj, self.add_v_proj]]
-
     def _streams(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> list[tuple[Tensor, ...]]:
         """Query, key and value, [batch, tokens, heads, head_dim], of each stream of tokens, text first."""
-        inputs = [states for states in (hidden_states, encoder_hidden_states) if states is not None]
-        if self.fused_projections:
-            flat = _get_qkv_projections(self, hidden_states, encoder_hidden_states)
-            projected = [flat[3 * number : 3 * number + 3] for number in range(len(inputs))]
-        else:
-            projected = [
-                project(states, layers, packed)
-                for states, layers, packed in zip(inputs, self._projections(), self.packed, strict=False)
-            ]
-        return [tuple(self._split(states) for states in stream) for stream in reversed(projected)]
+        projected = _get_qkv_projections(self, hidden_states, encoder_hidden_states)
+        own = tuple(self._split(states) for states in projected[:3])
+        if encoder_hidden_states is None:
+            return [own]
+        return [tuple(self._split(states) for states in projected[3:]), own]
 
     def _heads(self, streams: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
         """Normed query and key, and value, of all tokens: [batch, tokens, heads, head_dim]."""
@@ -315,8 +292,8 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
         for block in transformer.single_transformer_blocks:
             block.__class__ = LinearFluxSingleBlock
         for block in transformer.transformer_blocks:
-            for feed_forward in (block.ff, block.ff_context):
-                feed_forward.net[0].__class__ = FusedGelu
+            block.ff.net[0].__class__ = block.ff_context.net[0].__class__ = FusedGelu
+            block.norm1.__class__ = block.norm1_context.__class__ = FusedAdaLayerNormZero
         transformer.register_to_config(linearize_plan=plan)
 
     def set_attn_processor(self, processor: Any) -> NoReturn:

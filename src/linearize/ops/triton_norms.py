@@ -1,4 +1,4 @@
-"""The kernel that norms and rotates the heads of query and key, read once and written once."""
+"""Kernels of norms and what follows them: each number is read once and written once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,36 @@ def _normed_and_rotated(
     first, second = tl.split(tl.reshape(heads, (M, D // 2, 2)))
     turned = tl.reshape(tl.join(-second, first), (M, D))
     return (heads * cosine + turned * sine).to(DTYPE)
+
+
+@triton.jit
+def norm_modulate_kernel(
+    states,
+    scale,
+    shift,
+    out,
+    states_batch,
+    states_token,
+    scale_batch,
+    shift_batch,
+    out_batch,
+    first_token,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token a program; a stream's tokens come to lie from `first_token` of the output on."""
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    exists = channel < C
+    at = batch * states_batch + token * states_token + channel
+    row = tl.load(states + at, mask=exists, other=0.0).to(tl.float32)
+    row = tl.where(exists, row - tl.sum(row, 0) / C, 0.0)
+    row = row * tl.rsqrt(tl.sum(row * row, 0) / C + eps)
+    factor = 1.0 + tl.load(scale + batch * scale_batch + channel, mask=exists, other=0.0).to(tl.float32)
+    row = row * factor + tl.load(shift + batch * shift_batch + channel, mask=exists, other=0.0).to(tl.float32)
+    at = batch * out_batch + (first_token + token) * C + channel
+    tl.store(out + at, row.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit

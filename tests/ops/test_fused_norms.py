@@ -1,4 +1,4 @@
-"""Norm and rotation in one kernel; by TRITON_INTERPRET=1 python tests/ops/test_norm_rotate.py where there is no GPU."""
+"""Norms fused with what follows; by TRITON_INTERPRET=1 python tests/ops/test_fused_norms.py where there is no GPU."""
 
 import importlib.util
 import os
@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
 
-from linearize.ops.norm_rotate import norm_rotate
+from linearize.ops.fused_norms import norm_modulate, norm_rotate
 
 
-def parity(num_tokens=(5, 0, 13), num_heads=3, head_dim=32, dtype=torch.float32, device="cpu"):
+def rotation_error(num_tokens=(5, 0, 13), num_heads=3, head_dim=32, dtype=torch.float32, device="cpu"):
     """Largest relative errors of query and key; the query lies within a wider product, as packed layers make it."""
     torch.manual_seed(0)
 
@@ -36,10 +36,21 @@ def parity(num_tokens=(5, 0, 13), num_heads=3, head_dim=32, dtype=torch.float32,
     return max(errors)
 
 
+def modulation_error(num_tokens=(5, 0, 13), num_channels=96, dtype=torch.float32, device="cpu"):
+    """Relative error; the streams lie within one tensor, and scale and shift in another, as in FLUX's blocks."""
+    torch.manual_seed(0)
+    joined = 3 + torch.randn(2, sum(num_tokens), num_channels, dtype=dtype, device=device)
+    shift, scale, _ = torch.randn(2, 3 * num_channels, dtype=dtype, device=device).chunk(3, dim=1)
+    found = norm_modulate(list(joined.split(num_tokens, dim=1)), scale, shift, 1e-6)
+    normed = layer_norm(joined.double(), (num_channels,), eps=1e-6)
+    expected = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton, and no GPU"
 )
-def test_the_kernel_by_the_interpreter_is_exact():
+def test_the_kernels_by_the_interpreter_are_exact():
     run = subprocess.run(
         [sys.executable, __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
@@ -47,14 +58,14 @@ def test_the_kernel_by_the_interpreter_is_exact():
         text=True,
         check=True,
     )
-    assert float(run.stdout.splitlines()[-1]) < 1e-6
+    assert max(map(float, run.stdout.splitlines()[-2:])) < 1e-6
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(24, 128), (3, 64), (5, 32)])
 def test_the_kernel_on_a_gpu_is_as_exact_as_its_dtype(num_heads, head_dim):
     sizes = {"num_tokens": (77, 300), "num_heads": num_heads, "head_dim": head_dim, "device": "cuda"}
-    assert parity(**sizes, dtype=torch.bfloat16) < 5e-3
+    assert rotation_error(**sizes, dtype=torch.bfloat16) < 5e-3
     torch.library.opcheck(
         norm_rotate,
         (
@@ -67,5 +78,15 @@ def test_the_kernel_on_a_gpu_is_as_exact_as_its_dtype(num_heads, head_dim):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_channels", [3072, 192])
+def test_modulation_on_a_gpu_is_as_exact_as_its_dtype(num_channels):
+    found = modulation_error((77, 300), num_channels, torch.bfloat16, "cuda")
+    assert found < 5e-3
+    states, row = torch.randn(1, 9, 64, device="cuda"), torch.randn(1, 64, device="cuda")
+    torch.library.opcheck(norm_modulate, ([states], row, row, 1e-6), test_utils=("test_schema", "test_faketensor"))
+
+
 if __name__ == "__main__":
-    print(parity())
+    print(rotation_error())
+    print(modulation_error())

@@ -1,4 +1,4 @@
-"""RMS norm and rotation of query and key in one kernel, text and image tokens joined on the way."""
+"""Norms and what follows them, each in one kernel, with streams of tokens joined; without gradients, on a GPU."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ def norm_rotate(
 ) -> tuple[Tensor, Tensor]:
     """What RMS norm, concatenation of the streams, and rotation of neighbouring channels return one after another.
 
-    Without gradients, on a GPU.
-
     Args:
         queries: Of one or more streams of tokens, each [batch, tokens, heads, head_dim] with near channels and heads.
         keys: Same.
@@ -37,7 +35,7 @@ def norm_rotate(
     Returns:
         Query and key, [batch, tokens of all streams, heads, head_dim].
     """
-    from linearize.ops.triton_norm_rotate import norm_rotate_kernel
+    from linearize.ops.triton_norms import norm_rotate_kernel
 
     results = _empty(queries), _empty(queries)
     batch, _, num_heads, head_dim = results[0].shape
@@ -59,11 +57,48 @@ def norm_rotate(
     return results
 
 
+@torch.library.custom_op("linearize::norm_modulate", mutates_args=())
+def norm_modulate(streams: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift of the tokens of one or more streams, one after another.
+
+    Args:
+        streams: Each [batch, tokens, channels] with near channels.
+        scale: [batch, channels], likewise.
+        shift: Same.
+        eps: Of the norm, which has no parameters.
+
+    Returns:
+        [batch, tokens of all streams, channels].
+    """
+    from linearize.ops.triton_norms import norm_modulate_kernel
+
+    result = _empty(streams)
+    batch, _, num_channels = result.shape
+    first = 0
+    for states in streams:
+        if states.shape[1]:
+            with torch.cuda.device_of(states):
+                norm_modulate_kernel[states.shape[1], batch](
+                    *(states, scale, shift, result),
+                    *(states.stride(0), states.stride(1), scale.stride(0), shift.stride(0), result.stride(0)),
+                    *(first, eps),
+                    C=num_channels,
+                    BLOCK=1 << (num_channels - 1).bit_length(),
+                )
+        first += states.shape[1]
+    return result
+
+
+@norm_modulate.register_fake
+def _(streams: Sequence[Tensor], *_: object) -> Tensor:
+    return _empty(streams)
+
+
 @norm_rotate.register_fake
 def _(queries: Sequence[Tensor], *_: object) -> tuple[Tensor, Tensor]:
     return _empty(queries), _empty(queries)
 
 
 def _empty(streams: Sequence[Tensor]) -> Tensor:
-    batch, _, num_heads, head_dim = streams[0].shape
-    return streams[0].new_empty(batch, sum(stream.shape[1] for stream in streams), num_heads, head_dim)
+    batch, _, *rest = streams[0].shape
+    return streams[0].new_empty(batch, sum(stream.shape[1] for stream in streams), *rest)
