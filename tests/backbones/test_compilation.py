@@ -11,6 +11,7 @@ from linearize.backbones import find_backbone
 from linearize.backbones.recording import Recorder
 from linearize.compilation import compile_backend, compile_blocks
 from linearize.errors import LinearizeError
+from linearize.mixers import mixer_names
 from linearize.surgery import linearize
 
 SIZE, OTHER_SIZE = (9, 19), (13, 33)
@@ -55,12 +56,11 @@ def test_one_graph_for_each_kind_of_block_and_resolution(deep, predict, mixer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "mixer", ["care", "groupmamba", "linear", "lolcats", "mhla", "nprf", "performer", "sla", "soft"]
-)
+@pytest.mark.parametrize("mixer", sorted(set(mixer_names()) - {"softmax", "clear", "neighborhood", "tile_window"}))
 def test_a_block_is_one_graph_with_any_of_these_mixers(untouched, predict, mixer):
     student = copy.deepcopy(untouched)
-    linearize(student, mixer)
+    # Without its window, which is eager on a CPU.
+    linearize(student, mixer, **({"branches": "linear"} if mixer == "liger" else {}))
     expected = predict(student)
     student.single_transformer_blocks[0].compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(predict(student), expected, rtol=1e-3, atol=1e-4)

@@ -98,6 +98,17 @@ def test_groups_of_heads_make_no_difference(gate_width, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("gate_width", [1, WIDTH])
+def test_scans_and_their_gradients_are_one_graph(gate_width):
+    leaves = [tensor.requires_grad_() for tensor in inputs(CHUNK + 9, gate_width)]
+    compiled = torch.compile(bidirectional_gated_attention, fullgraph=True, backend="aot_eager")
+    outputs = compiled(*leaves), bidirectional_gated_attention(*leaves)
+    torch.testing.assert_close(*outputs)
+    gradients = (torch.autograd.grad(output.sin().sum(), leaves) for output in outputs)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     num_chunks=st.integers(1, 3 * GROUP**2),

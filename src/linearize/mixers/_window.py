@@ -8,7 +8,10 @@ from torch import Tensor
 from linearize.mixers._arguments import check_choice, check_number
 from linearize.mixers._tokens import Tokens
 from linearize.ops.disc import coordinates
+from linearize.ops.linear_attention import SoftmaxPart
 from linearize.ops.local_attention import local_attention
+from linearize.ops.local_softmax import local_softmax
+from linearize.ops.tile_states import window_softmax
 
 BRANCHES = ("both", "linear", "window")
 
@@ -42,6 +45,22 @@ def window_attention(tokens: Tokens, window: int, backend: str = "auto") -> Tens
         key_mask=tokens.context.key_mask,
         backend=backend,
     )
+
+
+def text_and_window(tokens: Tokens, window: int) -> SoftmaxPart | None:
+    """What image tokens see by softmax over the text and the disc, rotated; None where no kernel serves them."""
+    context = tokens.context
+    return local_softmax(
+        *tokens.given_rotated, layout=context.layout, window=window, scale=context.scale, key_mask=context.key_mask
+    )
+
+
+def window_alone(query: Tensor, key: Tensor, tokens: Tokens, window: int) -> SoftmaxPart:
+    """What image tokens see by softmax over the disc, with such queries and keys of all tokens."""
+    context, image = tokens.context, tokens.image
+    states = (some[:, :, image] for some in (query, key, tokens.product_value))
+    mask = tokens.mask_of(image)
+    return window_softmax(*states, layout=context.layout, window=window, scale=context.scale, key_mask=mask)
 
 
 def inside_window(tokens: Tokens, window: int) -> Tensor:

@@ -10,12 +10,19 @@ from linearize.layout import Layout
 from linearize.mixers._arguments import ROPE, check_choice, check_number, check_rotation
 from linearize.mixers._gated import DIRECTIONS, GatedMixer, LogGates, both_ways
 from linearize.mixers._tokens import FeaturePair, Tokens, in_order, rotate_pair
-from linearize.mixers._window import check_window, has_log_scale, inside_window, window_attention
+from linearize.mixers._window import (
+    check_window,
+    has_log_scale,
+    inside_window,
+    text_and_window,
+    window_alone,
+    window_attention,
+)
 from linearize.mixers.base import AttentionShape
 from linearize.ops.depthwise import depthwise_flops, depthwise_images
 from linearize.ops.feature_maps import HedgehogMap
-from linearize.ops.linear_attention import LinearPart, SoftmaxPart, exact_text_flops, merge
-from linearize.ops.tile_states import window_flops, window_softmax
+from linearize.ops.linear_attention import SoftmaxPart, exact_text_flops, merge
+from linearize.ops.tile_states import window_flops
 
 
 class LawcatMixer(GatedMixer):
@@ -110,22 +117,14 @@ class LawcatMixer(GatedMixer):
         """See `GatedMixer.log_gates`."""
         return both_ways(self.gates(tokens.hidden_states[:, tokens.image]))
 
-    def image_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:
-        """See `JointMixer.image_parts`."""
-        text, linear = super().image_parts(pair, tokens)
+    def exact_part(self, tokens: Tokens) -> SoftmaxPart | None:
+        """See `JointMixer.exact_part`: the window, and the text if it is exact."""
         if self.branches == "linear":
-            return text, linear
-        image, (query, key) = tokens.image, tokens.product_rotated
-        window = window_softmax(
-            query[:, :, image],
-            key[:, :, image],
-            tokens.product_value[:, :, image],
-            layout=tokens.context.layout,
-            window=self.window,
-            scale=tokens.context.scale,
-            key_mask=tokens.mask_of(image),
-        )
-        return merge(text, window), linear
+            return super().exact_part(tokens)
+        part = text_and_window(tokens, self.window) if self.text == "exact" else None
+        if part is not None:
+            return part
+        return merge(super().exact_part(tokens), window_alone(*tokens.product_rotated, tokens, self.window))
 
     def sees_exactly(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.sees_exactly`."""

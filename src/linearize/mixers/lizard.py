@@ -10,11 +10,10 @@ from linearize.mixers._arguments import ROPE, VARIANTS, check_choice, check_numb
 from linearize.mixers._convex import ConvexMixer
 from linearize.mixers._gated import DIRECTIONS, LogGates, both_ways
 from linearize.mixers._tokens import FeaturePair, Tokens, in_order, map_pair
-from linearize.mixers._window import check_window, inside_window
+from linearize.mixers._window import check_window, inside_window, text_and_window, window_alone
 from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import ExponentialMap
 from linearize.ops.linear_attention import merge, softmax_part, with_text_queries
-from linearize.ops.tile_states import window_softmax
 
 # One gate in each head and no sixteenth root: this bias leaves half of a weight after 2000 tokens.
 OPEN = 8.0
@@ -115,25 +114,11 @@ class LizardMixer(ConvexMixer):
         """See `ConvexMixer.attend_window`."""
         query, key = (tokens.for_products(states) for states in self._window_pair(tokens))
         image, text, context, value = tokens.image, tokens.text, tokens.context, tokens.product_value
-        near = window_softmax(
-            query[:, :, image],
-            key[:, :, image],
-            value[:, :, image],
-            layout=context.layout,
-            window=self.window,
-            scale=context.scale,
-            key_mask=tokens.mask_of(image),
-        )
-        part = merge(
-            softmax_part(
-                query[:, :, image],
-                key[:, :, text],
-                value[:, :, text],
-                scale=context.scale,
-                key_mask=tokens.mask_of(text),
-            ),
-            near,
-        )
+        part = None if self.is_paper else text_and_window(tokens, self.window)
+        if part is None:
+            seen = query[:, :, image], key[:, :, text], value[:, :, text]
+            of_text = softmax_part(*seen, scale=context.scale, key_mask=tokens.mask_of(text))
+            part = merge(of_text, window_alone(query, key, tokens, self.window))
         output = part.output
         if self.num_meta:
             output = output * (part.log_mass - self._log_meta(output)).sigmoid()
