@@ -43,8 +43,8 @@ def test_frames_and_grids_stay_one_after_another():
 
 def test_a_tile_of_the_default_size_holds_neighbours():
     order = Layout(0, (Grid(16, 32),), tile=TILE).raster_to_tile()[:128]
-    assert (order // 32).max() == 7
-    assert (order % 32).max() == 15
+    assert (order // 32).max() == 15
+    assert (order % 32).max() == 7
 
 
 def test_slices_of_text_before_and_after_the_image():

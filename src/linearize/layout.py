@@ -13,7 +13,7 @@ from linearize.errors import LinearizeError
 
 # Height and width of a tile in tokens. 128 tokens are one block of GPU kernels; as a tile they lie closer together
 # than in a row, so that a disc touches up to 3.5 times fewer blocks.
-TILE = (8, 16)
+TILE = (16, 8)
 
 # Text tokens; height, width and frames of each grid; whether text is first; the tile.
 Numbers = tuple[int, tuple[tuple[int, int, int], ...], bool, tuple[int, int] | None]

@@ -10,7 +10,7 @@ from linearize.layout import Grid
 from linearize.ops.backends import BACKENDS, ELSEWHERE, PREFERENCE, BackendReport, warn_if_slow
 from linearize.ops.local_attention import explain_backend, local_attention
 
-ARGUMENTS = {"grid": Grid(5, 7), "num_text_tokens": 3, "tile": (8, 16)}
+ARGUMENTS = {"grid": Grid(5, 7), "num_text_tokens": 3, "tile": (16, 8)}
 
 
 def tokens(num_tokens=38, head_dim=16, device="cpu"):

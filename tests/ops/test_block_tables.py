@@ -76,7 +76,7 @@ def test_text_is_cut_only_where_its_lists_would_outlast_the_rest():
 
 @pytest.mark.parametrize(("window", "share"), [(8, 0.18), (16, 0.42), (32, 0.57)])
 def test_tiles_touch_few_more_pairs_than_the_disc_holds(window, share):
-    """The shares of kernels' work on the exact disc that tiles of 8 x 16 reach at 256 x 256 tokens."""
+    """The shares of kernels' work on the exact disc that tiles of 16 x 8 reach at 256 x 256 tokens."""
     layout = Layout(0, (Grid(256, 256),), tile=TILE)
     tables = block_tables(layout, REGIONS["disc"](window), torch.device("cpu"), size=128, other_size=128)
     inside = sum(1 for y in range(-window, window + 1) for x in range(-window, window + 1) if y * y + x * x < window**2)

@@ -40,7 +40,7 @@ def blocks(mask):
     window=st.integers(1, 24),
     num_text_tokens=st.integers(0, 150),
     text_first=st.booleans(),
-    tile=st.sampled_from([None, (8, 16), (3, 2)]),
+    tile=st.sampled_from([None, (16, 8), (3, 2)]),
     num_pooled=st.integers(0, 3),
     region=st.sampled_from(sorted(REGIONS)),
 )
@@ -67,7 +67,7 @@ def test_the_block_mask_is_what_its_mask_says(grids, window, num_text_tokens, te
     region=st.sampled_from(sorted(REGIONS)),
 )
 def test_of_whole_tiles_no_block_is_looked_at_in_vain(rows, columns, window, text_first, region):
-    layout = Layout(BLOCK, (Grid(8 * rows, 16 * columns),), text_first, (8, 16))
+    layout = Layout(BLOCK, (Grid(16 * rows, 8 * columns),), text_first, (16, 8))
     mask = block_mask(layout, REGIONS[region](window), 0, CPU)
     exact = create_block_mask(mask.mask_mod, None, None, layout.num_tokens, layout.num_tokens, "cpu")
     for ours, theirs in zip(blocks(mask), blocks(exact), strict=True):
@@ -80,7 +80,7 @@ def test_of_whole_tiles_no_block_is_looked_at_in_vain(rows, columns, window, tex
     grids=grids,
     window=st.integers(1, 24),
     num_text_tokens=st.integers(0, 5),
-    tile=st.sampled_from([None, (8, 16)]),
+    tile=st.sampled_from([None, (16, 8)]),
     num_pooled=st.integers(0, 3),
     region=st.sampled_from(sorted(REGIONS)),
 )
@@ -101,7 +101,7 @@ def test_every_grid_is_compiled_for_itself():
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
         for grid in (Grid(19, 37), Grid(13, 21)):
             query, key, value = (torch.randn(2, heads, 5 + grid.num_tokens, 16) for heads in (4, 2, 2))
-            arguments = {"grid": grid, "num_text_tokens": 5, "tile": (8, 16), "window": 5}
+            arguments = {"grid": grid, "num_text_tokens": 5, "tile": (16, 8), "window": 5}
             arguments |= {"pooled_key": torch.randn(2, 2, 9, 16), "pooled_value": torch.randn(2, 2, 9, 16)}
             expected = local_attention(query, key, value, backend="naive", **arguments)
             for _ in range(2):
@@ -165,12 +165,12 @@ ONE, TWO = (Grid(19, 37),), (Grid(19, 37), Grid(11, 23))
     ("grids", "num_text_tokens", "tile", "region", "masked"),
     [
         # Whole blocks of text need no mask, and come after blocks in which some query sees nothing.
-        (ONE, 256, (8, 16), "disc", False),
+        (ONE, 256, (16, 8), "disc", False),
         (ONE, 256, None, "disc", False),
-        (ONE, 33, (8, 16), "tiles", False),
-        (TWO, 33, (8, 16), "neighborhood", False),
+        (ONE, 33, (16, 8), "tiles", False),
+        (TWO, 33, (16, 8), "neighborhood", False),
         (TWO, 0, None, "disc", True),
-        ((Grid(32, 48),), 33, (8, 16), "disc", True),
+        ((Grid(32, 48),), 33, (16, 8), "disc", True),
     ],
 )
 def test_gradients_on_a_gpu(grids, num_text_tokens, tile, region, masked):

@@ -240,7 +240,8 @@ def _pairs(sizes: LayerSizes, grid: Grid, window: int, name: str, row: dict[str,
     backend, tile = PEERS.get(name, (name, TILE))
     layout, region = Layout(sizes.num_text_tokens, (grid,), tile=tile), Disc(window)
     text = layout.num_text_tokens * layout.num_tokens
-    exact, visited = exact_pairs(layout, region), visited_pairs(backend, layout, region)
+    exact = exact_pairs(layout, region)
+    visited = visited_pairs(backend, layout, region, sizes.head_dim, sizes.device)
     found: dict[str, Any] = {"tflops_exact": _tflops(sizes, row, exact + text)}
     if visited is None:
         return found

@@ -12,7 +12,10 @@ from linearize.ops.flex_mask import BLOCK as FLEX_BLOCK
 from linearize.ops.flex_mask import block_mask
 from linearize.ops.halo_tables import seen_pairs
 from linearize.ops.halo_tables import visited_pairs as halo_pairs
-from linearize.ops.regions import Region
+from linearize.ops.hopper_local import serves
+from linearize.ops.hopper_tables import UNIT, pair_tables
+from linearize.ops.regions import REGIONS, Region
+from linearize.ops.triton_local import FORWARD
 
 _CPU = torch.device("cpu")
 
@@ -22,8 +25,11 @@ def exact_pairs(layout: Layout, region: Region) -> int:
     return seen_pairs(layout.grids, region) + layout.num_image_tokens * layout.num_text_tokens
 
 
-def visited_pairs(backend: str, layout: Layout, region: Region) -> int | None:
+def visited_pairs(backend: str, layout: Layout, region: Region, head_dim: int, device: torch.device) -> int | None:
     """Pairs that a backend of `local_attention` computes; None where nothing here counts them."""
+    name = next(name for name, made in REGIONS.items() if made is type(region))
+    if backend == "triton" and serves(layout, name, head_dim, device):
+        return _hopper(layout, region)
     return VISITED[backend](layout, region) if backend in VISITED else None
 
 
@@ -46,12 +52,19 @@ def _flex(layout: Layout, region: Region) -> int:
 
 
 def _triton(layout: Layout, region: Region) -> int:
-    """Tiles of 128 queries, and of keys: what the Hopper kernel takes, and no less than the portable one does."""
-    tables = block_tables(layout, region, _CPU, size=BLOCK, other_size=BLOCK)
+    """What the portable forward kernel takes."""
+    tables = block_tables(layout, region, _CPU, size=FORWARD.queries, other_size=FORWARD.keys)
     unit, first, _, last, _ = tables.segments.long().T
     _, _, _, height, width, _, is_image, *_ = tables.blocks.long().T
     queries = (height * width * is_image)[unit]
-    return int((queries * (last - first)).sum()) * BLOCK
+    return int((queries * (last - first)).sum()) * FORWARD.keys
+
+
+def _hopper(layout: Layout, region: Region) -> int:
+    """Steps of 128 keys that each half of a block of queries takes."""
+    tables = pair_tables(layout, region, _CPU)
+    begin, _, shared, end = tables.segments[tables.num_text_segments :, :4].long().T
+    return int((2 * (shared - begin) + end - shared).sum()) * UNIT * BLOCK
 
 
 VISITED: dict[str, Callable[[Layout, Region], int]] = {

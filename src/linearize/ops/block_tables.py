@@ -65,10 +65,10 @@ def block_tables(
         transposed: Lists of queries for units of keys, in the place of lists of keys for units of queries.
         share: Batches x heads for each processor. A list of text is cut where it would outlast half of all the work.
     """
-    blocks = _blocks(layout)
-    rows, columns = _Units(blocks, size), _Units(blocks, other_size)
+    blocks = blocks_of(layout)
+    rows, columns = units_of(blocks, size), units_of(blocks, other_size)
     queries, keys = (columns, rows) if transposed else (rows, columns)
-    touches, covers = _sight(region, queries, keys)
+    touches, covers = sight(region, queries, keys)
     if transposed:
         touches, covers = touches.T, covers.T
     plain = covers & columns.whole & touches
@@ -89,8 +89,8 @@ def block_tables(
     return BlockTables(blocks, segments, entries, num_text, max(1, num_splits), whole)
 
 
-def _blocks(layout: Layout) -> Tensor:
-    """[blocks, 9], see `BlockTables`; in the order of the tokens."""
+def blocks_of(layout: Layout) -> Tensor:
+    """[blocks, 9], see `BlockTables`; in the order of the tokens, with text first."""
     rows: list[tuple[int, ...]] = []
     text, image = layout.text_slice.start, layout.image_slice.start
     for start, stop in tile_spans(layout.num_text_tokens, BLOCK):
@@ -104,7 +104,8 @@ def _blocks(layout: Layout) -> Tensor:
     return torch.tensor(rows).reshape(-1, 9)
 
 
-class _Units:
+@dataclass(frozen=True)
+class Units:
     """The non-empty parts of blocks: which rows and columns each holds.
 
     Attributes:
@@ -115,41 +116,54 @@ class _Units:
         whole: [units] bool, whether no slot is empty.
     """
 
-    def __init__(self, blocks: Tensor, size: int) -> None:
-        parts = BLOCK // size
-        index = torch.arange(len(blocks) * parts)
-        start, top, left, height, width, tokens, image, *grid = blocks.repeat_interleave(parts, dim=0).T
-        num_rows = size // TILE[1]
-        skipped = index % parts * num_rows
-        filled = torch.where(image == 1, height - skipped, -((skipped * TILE[1] - tokens) // TILE[1])).clamp(
-            max=num_rows
-        )
-        kept = filled > 0
-        self.index = index[kept]
-        self.start = (start + skipped * width)[kept]
-        first = torch.stack([torch.where(image == 1, top + skipped, top), left], dim=1)[kept]
-        last = torch.stack([top + skipped + filled - 1, left + width - 1], dim=1)[kept]
-        self.boxes = Boxes(first, last, torch.stack(grid, dim=1)[kept])
-        self.image = (image == 1)[kept]
-        self.whole = ((filled == num_rows) & (width == TILE[1]) & (tokens >= (index % parts + 1) * size))[kept]
+    index: Tensor
+    start: Tensor
+    boxes: Boxes
+    image: Tensor
+    whole: Tensor
+
+    def __getitem__(self, which: slice | Tensor) -> Units:
+        boxes = Boxes(self.boxes.first[which], self.boxes.last[which], self.boxes.grid[which])
+        return Units(self.index[which], self.start[which], boxes, self.image[which], self.whole[which])
 
 
-def _sight(region: Region, queries: _Units, keys: _Units) -> tuple[Tensor, Tensor]:
+def units_of(blocks: Tensor, size: int) -> Units:
+    """The units of `size` slots of blocks [blocks, 9]."""
+    parts = BLOCK // size
+    index = torch.arange(len(blocks) * parts)
+    start, top, left, height, width, tokens, image, *grid = blocks.repeat_interleave(parts, dim=0).T
+    num_rows = size // TILE[1]
+    skipped = index % parts * num_rows
+    text_filled = -((skipped * TILE[1] - tokens) // TILE[1])
+    filled = torch.where(image == 1, height - skipped, text_filled).clamp(max=num_rows)
+    first = torch.stack([torch.where(image == 1, top + skipped, top), left], dim=1)
+    last = torch.stack([top + skipped + filled - 1, left + width - 1], dim=1)
+    whole = (filled == num_rows) & (width == TILE[1]) & (tokens >= (index % parts + 1) * size)
+    boxes = Boxes(first, last, torch.stack(grid, dim=1))
+    return Units(index, start + skipped * width, boxes, image == 1, whole)[filled > 0]
+
+
+def sight(region: Region, queries: Units, keys: Units) -> tuple[Tensor, Tensor]:
     """Whether some query sees some key, and every query every key: [query units, key units] bool each."""
     touches, covers = region.box_sight(queries.boxes, keys.boxes)
     text = ~queries.image[:, None] | ~keys.image
     return touches | text, covers | text
 
 
-def _segments(rows: _Units, num_plain: Tensor, num_entries: Tensor, share: float) -> tuple[Tensor, int]:
+def cut_list(begin: int, end: int, num_entries: int, share: float) -> list[tuple[int, int]]:
+    """A list of text in equal parts where it would outlast half of the work of `num_entries` in all lists."""
+    longest = max(_SHORTEST, int(num_entries * share / 2))
+    length = -(-(end - begin) // -(-(end - begin) // longest))
+    return [(start, min(start + length, end)) for start in range(begin, end, length)]
+
+
+def _segments(rows: Units, num_plain: Tensor, num_entries: Tensor, share: float) -> tuple[Tensor, int]:
     """[segments, 5] with text first, and how many are text's."""
     ends = num_entries.cumsum(0)
     begins = ends - num_entries
-    longest = max(_SHORTEST, int(num_entries.sum() * share / 2))
     text: list[tuple[int, ...]] = []
     for unit, begin, plain, end in torch.stack([rows.index, begins, begins + num_plain, ends], 1)[~rows.image].tolist():
-        length = -(-(end - begin) // -(-(end - begin) // longest))
-        spans = [(start, min(start + length, end)) for start in range(begin, end, length)]
+        spans = cut_list(begin, end, int(num_entries.sum()), share)
         for start, stop in spans:
             text.append((unit, start, min(max(plain, start), stop), stop, -1 if len(spans) == 1 else len(text)))
     kept = rows.image

@@ -13,27 +13,30 @@ import torch
 from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
-from linearize.ops.block_tables import BLOCK, BlockTables, block_tables
+from linearize.ops.block_tables import BLOCK
+from linearize.ops.hopper_tables import UNIT, PairTables, pair_tables
 from linearize.ops.naive import naive_attention
 from linearize.ops.regions import REGIONS
 
 HEAD_DIMS = (64, 128)
-_HALF = BLOCK // 2
 # Sees whole blocks, parts of blocks and nothing of others.
 _PROBE_WINDOW = 6
-# The ring of keys and values fills what shared memory the queries leave.
-_STAGES = 2
+# Channels that shared memory holds next to one another: 128 bytes.
+_SWIZZLED = 64
+
+
+def serves(layout: Layout, region: str, head_dim: int, device: torch.device) -> bool:
+    """Whether the kernel takes a layout: whole blocks on a Hopper GPU, and neighborhoods in one image."""
+    sides = [(grid.height % TILE[0], grid.width % TILE[1]) for grid in layout.grids]
+    whole = layout.num_text_tokens % BLOCK == 0 and not any(map(any, sides))
+    if not whole or head_dim not in HEAD_DIMS or (region == "neighborhood" and len(layout.grids) > 1):
+        return False
+    return _works(device, head_dim, region)
 
 
 def planes_for(tensors: Sequence[Tensor], layout: Layout, region: str) -> list[Plane] | None:
-    """Tensors [batch, heads, tokens, head_dim] as the kernel reads them, or None where it cannot compute a call.
-
-    It takes whole blocks on a Hopper GPU, and tokens that lie in planes.
-    """
-    sides = [(grid.height % TILE[0], grid.width % TILE[1]) for grid in layout.grids]
-    whole = layout.num_text_tokens % BLOCK == 0 and not any(map(any, sides))
-    head_dim = tensors[0].shape[-1]
-    if not whole or head_dim not in HEAD_DIMS or not _works(tensors[0].device, head_dim, region):
+    """Tensors [batch, heads, tokens, head_dim] as the kernel reads them, or None where it cannot compute a call."""
+    if not serves(layout, region, tensors[0].shape[-1], tensors[0].device):
         return None
     planes = [_plane(states) for states in tensors]
     found = [plane for plane in planes if plane is not None]
@@ -59,7 +62,7 @@ def _fault(device: torch.device, head_dim: int, region: str) -> str | None:
     shape, generator = (3, 1, 1, layout.num_tokens, head_dim), torch.Generator(device).manual_seed(0)
     query, key, value = torch.randn(shape, generator=generator, device=device).bfloat16()
     output, lse, empty = torch.empty_like(query), query.new_empty(query.shape[:3]).float(), query.new_empty(0).float()
-    tables, scale = block_tables(layout, rule, device, size=BLOCK, other_size=BLOCK), head_dim**-0.5
+    tables, scale = pair_tables(layout, rule, device), head_dim**-0.5
     planes = [plane for plane in map(_plane, (query, key, value, output)) if plane is not None]
     try:
         launch_forward(planes, lse, empty, empty, tables, region, _PROBE_WINDOW, scale * math.log2(math.e))
@@ -75,14 +78,14 @@ def launch_forward(
     lse: Tensor,
     partial: Tensor,
     partial_lse: Tensor,
-    tables: BlockTables,
+    tables: PairTables,
     region: str,
     window: int,
     scale: float,
 ) -> None:
     """See `gluon_kernels.forward_kernel`.
 
-    Planes are those of query, key, value and output, tables list units of whole blocks, and `scale` is for powers of 2.
+    Planes are those of query, key, value and output, and `scale` is for powers of 2.
     """
     from linearize.ops.gluon_kernels import forward_kernel
 
@@ -90,11 +93,13 @@ def launch_forward(
     lanes, num_segments = batch * num_heads, len(tables.segments)
     with torch.cuda.device_of(lse):
         forward_kernel[(num_segments * lanes,)](
-            *(plane.descriptor(size) for plane, size in zip(planes, (_HALF, BLOCK, BLOCK, _HALF), strict=True)),
+            planes[0].descriptor(head_dim),
+            planes[1].descriptor(_SWIZZLED),
+            planes[2].descriptor(_SWIZZLED),
+            planes[3].descriptor(head_dim),
             lse,
             partial,
             partial_lse,
-            tables.blocks,
             tables.segments,
             tables.entries,
             *(step for plane in planes for step in (plane.batch, plane.head, plane.channel)),
@@ -106,7 +111,6 @@ def launch_forward(
             window,
             scale,
             REGION=region,
-            STAGES=_STAGES,
             D=head_dim,
             num_warps=4,
         )
@@ -124,11 +128,11 @@ class Plane:
     head: int
     channel: int
 
-    def descriptor(self, num_rows: int) -> Any:
-        """For boxes of `num_rows` tokens of one head."""
+    def descriptor(self, num_channels: int) -> Any:
+        """For boxes of half a block's tokens and of `num_channels`."""
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        box = [num_rows, self.states.shape[-1]]
+        box = [UNIT, num_channels]
         layout = _shared_layout(*box, self.states.dtype)
         return TensorDescriptor(self.states, [self.num_rows, self.num_columns], [self.row_stride, 1], box, layout)
 

@@ -56,7 +56,7 @@ def local_attention(
             query does.
         pooled_value: Their values.
         pooled_mask: [batch, pooled], True where valid.
-        region: "disc": dy^2 + dx^2 < window^2, cut at the borders (CLEAR, arXiv 2412.16112); "tiles": all 8 x 16 tiles
+        region: "disc": dy^2 + dx^2 < window^2, cut at the borders (CLEAR, arXiv 2412.16112); "tiles": all 16 x 8 tiles
             that the discs of the query's tile touch; "neighborhood": a square of 2 window - 1, shifted at the borders.
         backend: "auto", by device, dtype and shape (`explain_backend` tells which and why), or one of `BACKENDS`:
             "naive" on dense weights, "dense" where the disc covers the picture, "halo" of linear cost with nothing but

@@ -102,7 +102,7 @@ class Disc(Region):
 
 @dataclass(frozen=True)
 class TouchedTiles(Region):
-    """All tiles of 8 x 16 tokens that the disc of some token of the query's own tile touches.
+    """All tiles of 16 x 8 tokens that the disc of some token of the query's own tile touches.
 
     The smallest union of whole tiles that holds the disc of every token of the tile (compare STA, arXiv 2502.04507).
     """

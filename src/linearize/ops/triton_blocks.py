@@ -1,6 +1,6 @@
 """What the Triton kernels of local attention share: tokens of units, entries of lists, masks, work of a program.
 
-Within a tile of 8 x 16 the rows and columns of slots are constants, so that a mask costs two instructions a pair.
+Within a tile of 16 x 8 the rows and columns of slots are constants, so that a mask costs two instructions a pair.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton.language as tl
 
 # Sizes of a block and numbers of fields, see `BlockTables`.
 _BLOCK = tl.constexpr(128)
-WIDTH = tl.constexpr(16)
+WIDTH = tl.constexpr(8)
 BLOCK_FIELDS = tl.constexpr(9)
 SEGMENT_FIELDS = tl.constexpr(5)
 ENTRY_FIELDS = tl.constexpr(4)

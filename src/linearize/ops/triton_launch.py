@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
-from linearize.ops.block_tables import BlockTables, block_tables
+from linearize.ops.block_tables import BLOCK, BlockTables, block_tables
+from linearize.ops.hopper_tables import PairTables, pair_tables
 from linearize.ops.regions import REGIONS
 
 
@@ -37,6 +38,7 @@ class Call:
         self.batch, self.num_heads, self.num_tokens, self.head_dim = query.shape
         self.lanes = self.batch * self.num_heads
         self.device = query.device
+        self.share = self.lanes / _num_processors(self.device)
 
     def tables(self, size: int, other_size: int, transposed: bool = False) -> BlockTables:
         """Lists for units of `size` tokens."""
@@ -47,14 +49,22 @@ class Call:
             size=size,
             other_size=other_size,
             transposed=transposed,
-            share=self.lanes / _num_processors(self.device),
+            share=self.share,
         )
 
-    def partials(self, tables: BlockTables, size: int, channels: int | None = None) -> Tensor:
+    def pair_tables(self) -> PairTables:
+        """Lists for the Hopper kernel."""
+        return pair_tables(self.layout, self.region, self.device, share=self.share)
+
+    def partials(self, tables: BlockTables | PairTables, size: int, channels: int | None = None) -> Tensor:
         """Room for results of segments: [segments, lanes, size, channels], empty where no list is cut."""
         num_partials = tables.num_text_segments if tables.num_splits > 1 else 0
         shape = (num_partials, self.lanes, size, self.head_dim if channels is None else channels)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def forward_partials(self, tables: BlockTables | PairTables) -> tuple[Tensor, Tensor]:
+        """Room for outputs and log-sum-exps of parts of lists."""
+        return self.partials(tables, BLOCK), self.partials(tables, BLOCK, 1)
 
     def joined(self, total: Tensor) -> Tensor:
         """[text units, lanes, size, channels] as [batch, heads, text tokens, channels]."""
@@ -109,7 +119,7 @@ class Call:
             )
 
 
-def split_lists(partial: Tensor, tables: BlockTables) -> Tensor:
+def split_lists(partial: Tensor, tables: BlockTables | PairTables) -> Tensor:
     """[segments, ...] as [text units, splits, ...]."""
     return partial.unflatten(0, (-1, tables.num_splits))
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from linearize.layout import TILE, Layout
-from linearize.ops.block_tables import BLOCK
+from linearize.ops.block_tables import BLOCK, BlockTables
 from linearize.ops.dense_attention import match_heads
 from linearize.ops.hopper_local import launch_forward, planes_for
+from linearize.ops.hopper_tables import PairTables
 from linearize.ops.regions import REGIONS, Region
 from linearize.ops.triton_launch import (
     Call,
@@ -110,13 +111,15 @@ def _attention(
     query, key, value = (with_near_channels(states) for states in (query, key, value))
     output, lse = empty_token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     strided = (query, key, value, output)
-    planes = planes_for(strided, call.layout, region)
-    tables = call.tables(FORWARD.queries, FORWARD.keys if planes is None else BLOCK)
-    results = (lse, call.partials(tables, FORWARD.queries), call.partials(tables, FORWARD.queries, 1))
-    if planes is not None:
-        launch_forward(planes, *results, tables, region, window, scale * _LOG2E)
+    tables: BlockTables | PairTables
+    if planes := planes_for(strided, call.layout, region):
+        tables = pairs = call.pair_tables()
+        results = lse, *call.forward_partials(pairs)
+        launch_forward(planes, *results, pairs, region, window, scale * _LOG2E)
     else:
-        call.launch(_forward_kernel(), FORWARD, tables, (*strided, *results), strided, (scale * _LOG2E,))
+        tables = blocks = call.tables(FORWARD.queries, FORWARD.keys)
+        results = lse, *call.forward_partials(blocks)
+        call.launch(_forward_kernel(), FORWARD, blocks, (*strided, *results), strided, (scale * _LOG2E,))
     if tables.num_splits > 1:
         text, text_lse = merge_parts(*(split_lists(partial, tables) for partial in results[1:]))
         call.put_text(output, text)

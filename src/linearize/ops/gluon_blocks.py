@@ -1,0 +1,141 @@
+"""What the Hopper kernel of local attention is made of: the ring of shared memory, masks, softmax."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from linearize.ops.triton_blocks import FAR, WIDTH
+
+# Numbers of fields, see `PairTables`.
+ENTRY = gl.constexpr(6)
+SEGMENT = gl.constexpr(10)
+# Of the rings, which fill what shared memory the queries leave.
+STAGES = gl.constexpr(2)
+# Gluon is young: triton 3.9 gives these other names.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def ring(at):
+    """Stage of a step in the ring of shared memory, and the parity of its round."""
+    return at % STAGES, (at // STAGES) & 1
+
+
+@gluon.jit
+def copy_units(plane, rooms, full, empty, entries, begin, end, row, column, D: gl.constexpr):
+    """Fetches the keys, or the values, of all steps, as room for them becomes free: two units of 64 tokens each."""
+    PARTS: gl.constexpr = D // 64
+    for i in range(begin, end):
+        stage, parity = ring(i - begin)
+        first, second = gl.load(entries + i * ENTRY), gl.load(entries + i * ENTRY + 3)
+        # The first round finds the ring empty.
+        mbarrier.wait(empty.index(stage), parity ^ 1)
+        mbarrier.expect(full.index(stage), 2 * PARTS * plane.block_type.nbytes)
+        # Shared memory holds 64 channels of all tokens, then the next 64.
+        if _PUBLIC:
+            room = rooms.index(stage).reinterpret(plane.dtype, [2 * PARTS, 64, 64], plane.layout)
+        else:
+            room = rooms.index(stage)._reinterpret(plane.dtype, [2 * PARTS, 64, 64], plane.layout)
+        for part in gl.static_range(PARTS):
+            _load(plane, [row + first, column + part * 64], full.index(stage), room.index(2 * part))
+            _load(plane, [row + second, column + part * 64], full.index(stage), room.index(2 * part + 1))
+
+
+@gluon.jit
+def copy_queries(query, queries, full, row, column):
+    """Fetches both halves of a block of queries."""
+    mbarrier.expect(full, 2 * query.block_type.nbytes)
+    _load(query, [row, column], full, queries.index(0))
+    _load(query, [row + 64, column], full, queries.index(1))
+
+
+@gluon.jit
+def step_of(i, shared, half):
+    """Place of a half's nth step in the list, whose steps from `shared` on belong to one half each, by turns.
+
+    In a ring of two stages a half then stays with one stage, and no round of it is missed, which parities demand.
+    """
+    return gl.where(i < shared, i, 2 * i - shared + half)
+
+
+@gluon.jit
+def wait_for(full, at):
+    """Waits until a step's keys, or values, are there; returns their stage."""
+    stage, parity = ring(at)
+    mbarrier.wait(full.index(stage), parity)
+    return stage
+
+
+@gluon.jit
+def release(empty, stage, own):
+    """Says that a stage may be filled again; a step of one half has but one reader, who speaks for both."""
+    mbarrier.arrive(empty.index(stage))
+    mbarrier.arrive(empty.index(stage), pred=own)
+
+
+@gluon.jit
+def _nearest(place, window, length):
+    """First row or column of a query's neighborhood, which is shifted inward at the borders."""
+    return gl.minimum(gl.maximum(place - window + 1, 0), length - gl.minimum(2 * window - 1, length))
+
+
+@gluon.jit
+def _beyond(right, room):
+    """1 where the square of `right` is more than `room`, both of integers, and 0 elsewhere: one instruction."""
+    right, room = gl.broadcast(right, room)
+    return gl.inline_asm_elementwise(
+        "{.reg .f32 t; neg.f32 t, $2; fma.rn.sat.f32 $0, $1, $1, t;}",
+        "=f,f,f",
+        [right, room],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def places_of(entry):
+    """Top and left of the two units of a step."""
+    return gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 4), gl.load(entry + 5)
+
+
+@gluon.jit
+def hide_unseen(scores, places, own_top, own_left, height, width, window, REGION: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores, far below all others where the query does not see the key, [64, 128]."""
+    first_top, first_left, second_top, second_left = places
+    query_slot = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    key_slot = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    top = gl.where(key_slot < 64, first_top, second_top)
+    left = gl.where(key_slot < 64, first_left, second_left)
+    if REGION == "neighborhood":
+        down = key_slot % 64 // WIDTH + top - _nearest(query_slot // WIDTH + own_top, window, height)
+        right = key_slot % WIDTH + left - _nearest(query_slot % WIDTH + own_left, window, width)
+        inside = (down >= 0) & (down < gl.minimum(2 * window - 1, height))
+        sees = inside & (right >= 0) & (right < gl.minimum(2 * window - 1, width))
+        return gl.where(sees, scores, -FAR)
+    down = (query_slot // WIDTH).to(gl.float32) - (
+        (top - own_top).to(gl.float32) + (key_slot % 64 // WIDTH).to(gl.float32)
+    )
+    right = (query_slot % WIDTH).to(gl.float32) - ((left - own_left).to(gl.float32) + (key_slot % WIDTH).to(gl.float32))
+    room = (window * window).to(gl.float32) - 1 - down * down
+    return scores - FAR * _beyond(right, room)
+
+
+@gluon.jit
+def softmax_step(scores, peak, total, scale):
+    """One step of the online softmax in base 2: weights, new peak and total, and by how much older results shrink."""
+    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
+    weights = gl.exp2(scores * scale - gl.expand_dims(new_peak, 1))
+    decay = gl.exp2(peak - new_peak)
+    # A thread adds up its own columns; the sum over threads is taken once, at the end.
+    older = total * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1)
+    return weights, new_peak, older + column_sums(weights), decay
+
+
+@gluon.jit
+def column_sums(states):
+    """[64, 128] as [64, 8]: sums of the columns that lie in the same thread."""
+    return gl.sum(states.reshape([64, 16, 8]), 1)
