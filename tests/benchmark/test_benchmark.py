@@ -239,12 +239,14 @@ def test_suites_of_models_leave_pages_and_plots(tiny_flux_folder, tmp_path):
     register_resolvers(ROOT)
     small = ["device=cpu", f"teacher.path={tiny_flux_folder}", "teacher.max_sequence_length=8"]
     sizes = ["model.sizes=[64]", "model.repeats=1", "train_step.sizes=[64]", "train_step.curve_steps=2"]
+    sizes += ["model.profile=true", "train_step.profile=true"]
     for suite in ("transformer", "train_step"):
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             cfg = compose("benchmark", [*small, *sizes, f"suite={suite}", f"out={tmp_path}/{suite}"])
         rows = benchmark(cfg)["rows"]
         assert all(row["model"] in (tmp_path / f"{suite}.md").read_text() for row in rows)
         assert (tmp_path / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
+        assert "## Where the time goes" in (tmp_path / f"{suite}.md").read_text()
     assert "flex" in rows[0]["error"]  # CLEAR's recipe trains in FlexAttention, which has no gradients on a CPU
 
 

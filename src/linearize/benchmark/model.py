@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from linearize.benchmark.profile import profiled
 from linearize.benchmark.subjects import BASELINES, RemovedAttention, student_of
 from linearize.benchmark.timing import measured_or_reason
 from linearize.compilation import compile_backend, compile_blocks
@@ -36,6 +37,7 @@ class ModelSettings:
         warmup: Calls before the clock starts.
         repeats: Timed calls.
         compile: Whether blocks are compiled: "auto", True, False, or a backend.
+        profile: Whether one more call is profiled.
     """
 
     batch: int
@@ -44,6 +46,7 @@ class ModelSettings:
     warmup: int
     repeats: int
     compile: bool | str = "auto"
+    profile: bool = False
 
 
 def model_rows(
@@ -123,7 +126,10 @@ def _measure(
             if checks_parity and kind == "transformer":
                 error = found["parity_error"] = _parity_error(teacher, student, settings, size)
             if error is None or error <= PARITY[teacher.pipeline.transformer.dtype]:
-                return found | measured_or_reason(call, device, warmup=settings.warmup, repeats=settings.repeats)
+                found |= measured_or_reason(call, device, warmup=settings.warmup, repeats=settings.repeats)
+                if settings.profile and "median_seconds" in found:
+                    found["profile"] = profiled(call, device)
+                return found
     except LinearizeError as refusal:
         return found | {"error": str(refusal)}
     except torch.OutOfMemoryError:  # of the first call or the comparison

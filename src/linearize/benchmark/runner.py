@@ -15,6 +15,7 @@ from linearize.benchmark.mixers import MixerSettings, mixer_rows
 from linearize.benchmark.model import ModelSettings, model_rows
 from linearize.benchmark.pivot import comparison
 from linearize.benchmark.plot import PLOTS
+from linearize.benchmark.profile import profile_tables
 from linearize.benchmark.scans import ScanSizes, scan_rows
 from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.config import build_teacher, plain
@@ -164,6 +165,7 @@ def page(result: Mapping[str, Any], title: str) -> str:
     tables = [markdown_table(names, cells)]
     if result["suite"] in PLOTS:
         tables = [f"![what was measured]({title}.png)", markdown_table(*comparison(result["rows"])), *tables]
+    tables += profile_tables(result["rows"])
     return "\n\n".join([f"# {title}", *tables, "\n".join(source)]) + "\n"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from linearize.benchmark.profile import profiled
 from linearize.benchmark.subjects import student_of
 from linearize.benchmark.timing import measured_or_reason
 from linearize.compilation import compile_backend
@@ -43,6 +44,7 @@ class TrainSettings:
         learning_rate: Of every optimizer.
         curve_steps: Steps on the same samples, each with noise of its own, whose losses are kept; the first compile.
         repeats: Timed steps after them.
+        profile: Whether one more step is profiled.
     """
 
     batch: int
@@ -50,6 +52,7 @@ class TrainSettings:
     learning_rate: float
     curve_steps: int
     repeats: int
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,8 @@ def _measure(teacher: Teacher, settings: TrainSettings, recipe: Recipe, size: in
         if not all(map(math.isfinite, losses)):
             return {"error": f"its loss is not a finite number: {losses}, so no speed of it is reported"}
         row = measured_or_reason(call, device, warmup=0, repeats=settings.repeats)
+        if settings.profile and "median_seconds" in row:
+            row["profile"] = profiled(call, device)
     except LinearizeError as error:
         return {"error": str(error)}
     except torch.OutOfMemoryError:
