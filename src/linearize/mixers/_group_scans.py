@@ -70,15 +70,14 @@ class GroupScans(nn.Module):
         if self.published:
             convolved = F.silu(convolved)
         order, back = cross_scan(layout, with_text, inputs.device)
-        group = torch.arange(GROUPS, device=inputs.device)[:, None]
-        states = convolved[:, group, order]
+        states = _taken(convolved, order)
         low, write, read = (states @ self.project.to(states.dtype)).split([self.rank, 1, 1], dim=-1)
         if not self.published:
             write, read = write + 1, read + 1
         step = F.softplus(low @ self.step_weight.to(states.dtype) + self.step_bias.to(states.dtype))
         rate, backend = self.log_rate.to(states.dtype).exp(), "dense" if dense else "auto"
         scanned = selective_scan(states, step, rate, write, read, backend=backend)
-        return (scanned + self.skip.to(states.dtype) * states)[:, group, back]
+        return _taken(scanned + self.skip.to(states.dtype) * states, back)
 
     def flops(self, layout: Layout, *, with_text: bool) -> int:
         """Operations of one call on one picture."""
@@ -86,6 +85,12 @@ class GroupScans(nn.Module):
         channels = GROUPS * self.skip.shape[-1]
         projections = 2 * length * (self.project.numel() + self.step_weight.numel())
         return depthwise_flops(layout, channels, 3) + projections + selective_scan_flops(length, channels)
+
+
+def _taken(states: Tensor, index: Tensor) -> Tensor:
+    """From [batch, groups, tokens, channels] the tokens [groups, length] of each group."""
+    first = torch.arange(len(index), device=index.device)[:, None] * states.shape[2]
+    return states.flatten(1, 2).index_select(1, (first + index).flatten()).unflatten(1, index.shape)
 
 
 def _step_bias(channels: int, least: float, most: float) -> Tensor:

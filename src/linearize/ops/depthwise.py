@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.layout import Layout
+from linearize.ops.scan_order import from_scan_order, in_scan_order
 
 
 def depthwise_images(states: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
@@ -24,14 +25,14 @@ def depthwise_images(states: Tensor, weight: Tensor, bias: Tensor | None, layout
     batch, heads, _, head_dim = states.shape
     if len(weight) != heads * head_dim:
         weight, bias = weight.repeat(heads, 1, 1), None if bias is None else bias.repeat(heads)
-    image = states[:, :, layout.tile_to_raster(states.device)].permute(0, 2, 1, 3).flatten(2)
+    image = in_scan_order(states, layout, "rows").transpose(1, 2).flatten(2)
     convolved = []
     for grid, tokens in zip(layout.grids, image.split([grid.num_tokens for grid in layout.grids], dim=1), strict=True):
         maps = tokens.reshape(batch * grid.frames, grid.height, grid.width, -1).permute(0, 3, 1, 2)
         result = F.conv2d(maps, weight[:, None], bias, padding=weight.shape[-1] // 2, groups=len(weight))
         convolved.append(result.permute(0, 2, 3, 1).reshape(batch, grid.num_tokens, -1))
-    output = torch.cat(convolved, dim=1)[:, layout.raster_to_tile(states.device)]
-    return output.unflatten(2, (heads, head_dim)).transpose(1, 2)
+    output = torch.cat(convolved, dim=1).unflatten(2, (heads, head_dim)).transpose(1, 2)
+    return from_scan_order(output, layout, "rows")
 
 
 def depthwise_flops(layout: Layout, channels: int, side: int) -> int:
