@@ -126,5 +126,6 @@ class ReglaMixer(GatedMixer):
 
 def refined_log_gate(gate: Tensor, refinement: Tensor) -> Tensor:
     """Logarithm of F, of the logits of g and r: log g + log(1 - (1 - g) (1 - 2 r)), which is exact for g near 1."""
-    closed = (-gate).sigmoid() * (1 - 2 * refinement.sigmoid())
-    return F.logsigmoid(gate) + torch.log1p(-closed.clamp(max=1 - torch.finfo(gate.dtype).eps))
+    # 2 r - 1 is the hyperbolic tangent of half the logit.
+    opened = (-gate).sigmoid() * (refinement / 2).tanh()
+    return F.logsigmoid(gate) + torch.log1p(opened.clamp(min=torch.finfo(gate.dtype).eps - 1))

@@ -16,7 +16,7 @@ from linearize.ops.products import add_product, aligned, wide_product
 # Tokens of a chunk: within it weights are explicit, between chunks states are carried on.
 CHUNK = 64
 # Numbers that a group of heads may have in its queries.
-NUMBERS_AT_A_TIME = 2**28
+NUMBERS_AT_A_TIME = 2**27
 
 
 def chunked(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, backward_gate: Tensor) -> Tensor:
