@@ -7,7 +7,7 @@ from torch import nn
 
 from linearize.backbones.flux_fused import _joint_linear, linear_gelu
 from linearize.compilation import compile_blocks
-from linearize.surgery import linearize
+from linearize.surgery import linearize, share_student, trained_parameters
 
 
 def test_a_product_of_two_inputs_is_that_of_one():
@@ -27,12 +27,9 @@ def test_outside_of_a_compiler_layers_are_themselves(untouched):
     assert {type(block).__name__ for block in untouched.single_transformer_blocks} <= set(untouched._repeated_blocks)
 
 
-@pytest.mark.gpu
-@torch.no_grad()
-@pytest.mark.parametrize("mixer", ["softmax", "clear"])
-def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(mixer):
+def gpu_transformer():
     torch.manual_seed(0)
-    student = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,
         num_single_layers=3,
@@ -42,10 +39,12 @@ def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(mixer):
         joint_attention_dim=32,
         pooled_projection_dim=24,
     ).to("cuda", torch.bfloat16)
-    linearize(student, mixer, **({"window": 5} if mixer == "clear" else {}))
-    student.requires_grad_(False)
+
+
+def gpu_call():
+    """Inputs of a small transformer, a ragged grid of 24 x 40 tokens."""
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(24.0), torch.arange(40.0)).cuda()
-    call = {
+    return {
         "hidden_states": torch.randn(2, 960, 16, device="cuda", dtype=torch.bfloat16),
         "encoder_hidden_states": torch.randn(2, 9, 32, device="cuda", dtype=torch.bfloat16),
         "pooled_projections": torch.randn(2, 24, device="cuda", dtype=torch.bfloat16),
@@ -54,7 +53,34 @@ def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(mixer):
         "txt_ids": torch.zeros(9, 3, device="cuda"),
         "return_dict": False,
     }
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["softmax", "clear"])
+def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(mixer):
+    student = gpu_transformer()
+    linearize(student, mixer, **({"window": 5} if mixer == "clear" else {}))
+    student.requires_grad_(False)
+    call = gpu_call()
     expected = student(**call)[0].float()
     compile_blocks(student, "inductor")
     found = student(**call)[0].float()
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_blocks_have_the_gradients_of_eager_ones():
+    student = share_student(gpu_transformer(), [{"layers": "*", "mixer": "clear", "window": 5}])
+    call = gpu_call()
+    parameters = list(trained_parameters(student).values())
+
+    def gradients():
+        with torch.autocast("cuda", torch.bfloat16):
+            output = student(**call)[0].float()
+        return torch.autograd.grad(output.square().mean(), parameters)
+
+    expected = gradients()
+    compile_blocks(student, "inductor")
+    for found, wanted in zip(gradients(), expected, strict=True):
+        assert (found - wanted).norm() < 0.05 * wanted.norm()

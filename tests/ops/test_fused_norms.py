@@ -14,7 +14,7 @@ from linearize.ops.fused_norms import norm_modulate, norm_rotate
 
 
 def rotation_error(num_tokens=(5, 0, 13), num_heads=3, head_dim=32, dtype=torch.float32, device="cpu"):
-    """Largest relative errors of query and key; the query lies within a wider product, as packed layers make it."""
+    """Largest relative error of query, key and their gradients; the query lies within a wider tensor."""
     torch.manual_seed(0)
 
     def random(*shape):
@@ -23,17 +23,31 @@ def rotation_error(num_tokens=(5, 0, 13), num_heads=3, head_dim=32, dtype=torch.
     wide = [random(2, count, 3 * num_heads * head_dim) for count in num_tokens]
     queries = [states.chunk(3, dim=-1)[1].unflatten(-1, (num_heads, head_dim)) for states in wide]
     keys = [random(2, count, num_heads, head_dim) for count in num_tokens]
+    inputs = [states.detach().requires_grad_() for states in (*queries, *keys)]
+    queries, keys = inputs[: len(num_tokens)], inputs[len(num_tokens) :]
+    exact = [states.detach().double().requires_grad_() for states in inputs]
     weights = [[random(head_dim) for _ in num_tokens] for _ in range(2)]
     angles = torch.rand(sum(num_tokens), head_dim // 2, device=device).repeat_interleave(2, dim=-1)
     cosine, sine = angles.cos(), angles.sin()
     found = norm_rotate(queries, keys, *weights, cosine, sine, 1e-6)
     errors = []
-    for result, streams, norms in zip(found, (queries, keys), weights, strict=True):
+    slopes = [random(*result.shape) for result in found]
+    wanted = []
+    for result, streams, norms in zip(
+        found, (exact[: len(num_tokens)], exact[len(num_tokens) :]), weights, strict=True
+    ):
         parts = zip(streams, norms, strict=True)
-        normed = torch.cat([rms_norm(states.double(), (head_dim,), norm.double(), 1e-6) for states, norm in parts], 1)
+        normed = torch.cat([rms_norm(states, (head_dim,), norm.double(), 1e-6) for states, norm in parts], 1)
         expected = apply_rotary_emb(normed, (cosine.double(), sine.double()), sequence_dim=1)
-        errors.append(((result - expected).norm() / expected.norm()).item())
-    return max(errors)
+        errors.append(relative(result, expected))
+        wanted.append(expected)
+    gradients = torch.autograd.grad(found, inputs, slopes)
+    expected = torch.autograd.grad(wanted, exact, [slope.double() for slope in slopes])
+    return max(errors + [relative(*pair) for pair in zip(gradients, expected, strict=True) if pair[0].numel()])
+
+
+def relative(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def modulation_error(num_tokens=(5, 0, 13), num_channels=96, dtype=torch.float32, device="cpu"):
@@ -44,7 +58,7 @@ def modulation_error(num_tokens=(5, 0, 13), num_channels=96, dtype=torch.float32
     found = norm_modulate(list(joined.split(num_tokens, dim=1)), scale, shift, 1e-6)
     normed = layer_norm(joined.double(), (num_channels,), eps=1e-6)
     expected = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
-    return ((found - expected).norm() / expected.norm()).item()
+    return relative(found, expected)
 
 
 @pytest.mark.skipif(

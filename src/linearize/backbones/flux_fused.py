@@ -1,4 +1,4 @@
-"""Compiled FLUX blocks on a GPU, without gradients: the stock operations in fewer passes over the activations."""
+"""Compiled FLUX blocks on a GPU: the stock operations in fewer passes over the activations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from linearize.ops.fused_norms import norm_modulate
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+def is_compiled(states: Tensor) -> bool:
+    """Whether this is compiled for a GPU; eager code is the stock code, bit for bit."""
+    return torch.compiler.is_compiling() and states.is_cuda
+
+
 def is_fused(states: Tensor, *layers: nn.Module) -> bool:
-    """Whether fused operations may stand for these layers; eager code and backward passes keep the stock ones.
+    """Whether operations without gradients may stand for these layers.
 
     Layers that an adapter or a quantizer has replaced are left to themselves.
     """
     return (
-        torch.compiler.is_compiling()
-        and states.is_cuda
+        is_compiled(states)
         and not torch.is_grad_enabled()
         and all(type(layer) is nn.Linear and layer.weight.dtype in _HALVES for layer in layers)
     )

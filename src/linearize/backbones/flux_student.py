@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
 from torch import Tensor, nn
 
-from linearize.backbones.flux_fused import FusedAdaLayerNormZero, FusedGelu, LinearFluxSingleBlock, is_fused
+from linearize.backbones.flux_fused import FusedAdaLayerNormZero, FusedGelu, LinearFluxSingleBlock, is_compiled
 from linearize.backbones.plan import Plan, match_dtype_and_device, mixers_for_plan, preferred_order
 from linearize.backbones.position_ids import grids_from_ids
 from linearize.backbones.recording import Recorder
@@ -95,7 +95,7 @@ class LinearFluxAttention(FluxAttention):
             inputs = torch.cat(joined, dim=1)
         rotated = self._rotated(streams, image_rotary_emb)
         attention = self._mix(query, key, value, image_rotary_emb, token_stream, inputs, rotated)
-        attention = attention.flatten(2, 3).to(query.dtype)
+        attention = attention.flatten(2, 3).to(value.dtype)
         output = (
             attention if encoder_hidden_states is None else self._project(attention, encoder_hidden_states.shape[1])
         )
@@ -143,9 +143,10 @@ class LinearFluxAttention(FluxAttention):
     ) -> Callable[[], tuple[Tensor, Tensor]] | None:
         """Norm, joining and rotation in one pass."""
         queries, keys, _ = zip(*streams, strict=True)
-        if not is_fused(queries[0]):
-            return None
         query_norms, key_norms = zip(*self._norms(), strict=True)
+        trains = torch.is_grad_enabled() and any(norm.weight.requires_grad for norm in (*query_norms, *key_norms))
+        if trains or not is_compiled(queries[0]):
+            return None
 
         def call() -> tuple[Tensor, Tensor]:
             query, key = norm_rotate(

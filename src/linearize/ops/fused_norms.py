@@ -1,8 +1,9 @@
-"""Norms and what follows them, each in one kernel, with streams of tokens joined; without gradients, on a GPU."""
+"""Norms and what follows them, each in one kernel on a GPU, with streams of tokens joined."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ def norm_rotate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """What RMS norm, concatenation of the streams, and rotation of neighbouring channels return one after another.
+
+    It has gradients of queries and keys alone.
 
     Args:
         queries: Of one or more streams of tokens, each [batch, tokens, heads, head_dim] with near channels and heads.
@@ -59,7 +62,7 @@ def norm_rotate(
 
 @torch.library.custom_op("linearize::norm_modulate", mutates_args=())
 def norm_modulate(streams: Sequence[Tensor], scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift of the tokens of one or more streams, one after another.
+    """LayerNorm(x) (1 + scale) + shift of the tokens of one or more streams, one after another; without gradients.
 
     Args:
         streams: Each [batch, tokens, channels] with near channels.
@@ -97,6 +100,70 @@ def _(streams: Sequence[Tensor], *_: object) -> Tensor:
 @norm_rotate.register_fake
 def _(queries: Sequence[Tensor], *_: object) -> tuple[Tensor, Tensor]:
     return _empty(queries), _empty(queries)
+
+
+@torch.library.custom_op("linearize::norm_rotate_backward", mutates_args=())
+def _norm_rotate_backward(
+    query_gradient: Tensor,
+    key_gradient: Tensor,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    key_weights: Sequence[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    """Gradients of the queries, then of the keys."""
+    from linearize.ops.triton_norms import norm_rotate_gradient_kernel
+
+    gradients = query_gradient.contiguous(), key_gradient.contiguous()
+    batch, _, num_heads, head_dim = query_gradient.shape
+    results = [_like(states) for states in (*queries, *keys)]
+    first = 0
+    for number, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        num_tokens = query.shape[1]
+        if num_tokens:
+            with torch.cuda.device_of(query):
+                norm_rotate_gradient_kernel[-(-num_tokens * num_heads // _ROWS), batch](
+                    *(*gradients, query, key, query_weights[number], key_weights[number], cosine, sine),
+                    *(results[number], results[len(queries) + number]),
+                    *(query.stride(0), query.stride(1), key.stride(0), key.stride(1), gradients[0].stride(0)),
+                    *(num_tokens, first, eps),
+                    H=num_heads,
+                    D=head_dim,
+                    M=_ROWS,
+                )
+        first += num_tokens
+    return results
+
+
+@_norm_rotate_backward.register_fake
+def _(
+    query_gradient: Tensor, key_gradient: Tensor, queries: Sequence[Tensor], keys: Sequence[Tensor], *_: object
+) -> list[Tensor]:
+    return [_like(states) for states in (*queries, *keys)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *streams, cosine, sine, ctx.eps = inputs
+    ctx.num_streams = len(streams[0])
+    ctx.save_for_backward(*(states for group in streams for states in group), cosine, sine)
+
+
+def _backward(ctx: Any, query_gradient: Tensor, key_gradient: Tensor) -> tuple[Any, ...]:
+    *saved, cosine, sine = ctx.saved_tensors
+    count = ctx.num_streams
+    streams = [saved[start : start + count] for start in range(0, 4 * count, count)]
+    results = _norm_rotate_backward(query_gradient, key_gradient, *streams, cosine, sine, ctx.eps)
+    return results[:count], results[count:], [None] * count, [None] * count, None, None, None
+
+
+norm_rotate.register_autograd(_backward, setup_context=_save)
+
+
+def _like(states: Tensor) -> Tensor:
+    return torch.empty_like(states, memory_format=torch.contiguous_format)
 
 
 def _empty(streams: Sequence[Tensor]) -> Tensor:

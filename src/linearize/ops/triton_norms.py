@@ -91,3 +91,60 @@ def norm_rotate_kernel(
     at = batch * key_batch + token * key_token + head * D
     result = _normed_and_rotated(key, key_weight, at, exists, cos, sin, eps, D, M, dtype)
     tl.store(key_out + out_at, result, mask=exists[:, None])
+
+
+@triton.jit
+def _gradient(gradient, states, weight, gradient_at, at, exists, cosine, sine, eps, D: tl.constexpr, M: tl.constexpr):
+    channel = tl.arange(0, D)
+    slope = tl.load(gradient + gradient_at, mask=exists[:, None], other=0.0).to(tl.float32)
+    first, second = tl.split(tl.reshape(slope * sine, (M, D // 2, 2)))
+    slope = slope * cosine + tl.reshape(tl.join(second, -first), (M, D))
+    slope = slope * tl.load(weight + channel)[None, :].to(tl.float32)
+    heads = tl.load(states + at[:, None] + channel[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(heads * heads, 1) / D + eps)
+    heads = heads * scale[:, None]
+    return (slope - heads * (tl.sum(heads * slope, 1) / D)[:, None]) * scale[:, None]
+
+
+@triton.jit
+def norm_rotate_gradient_kernel(
+    query_gradient,
+    key_gradient,
+    query,
+    key,
+    query_weight,
+    key_weight,
+    cosine,
+    sine,
+    query_out,
+    key_out,
+    query_batch,
+    query_token,
+    key_batch,
+    key_token,
+    gradient_batch,
+    num_tokens,
+    first_token,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+):
+    """The gradients of a stream's query and key before norm and rotation, as `norm_rotate_kernel` goes through them."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    batch = tl.program_id(1).to(tl.int64)
+    token = row // H
+    exists = token < num_tokens
+    token, head = token.to(tl.int64), row % H
+    channel = tl.arange(0, D)
+    table_at = ((first_token + token) * D)[:, None] + channel[None, :]
+    cos = tl.load(cosine + table_at, mask=exists[:, None], other=0.0)
+    sin = tl.load(sine + table_at, mask=exists[:, None], other=0.0)
+    gradient_at = (batch * gradient_batch + (first_token + token) * (H * D) + head * D)[:, None] + channel[None, :]
+    out_at = ((batch * num_tokens + token) * (H * D) + head * D)[:, None] + channel[None, :]
+    at = batch * query_batch + token * query_token + head * D
+    result = _gradient(query_gradient, query, query_weight, gradient_at, at, exists, cos, sin, eps, D, M)
+    tl.store(query_out + out_at, result.to(query_out.dtype.element_ty), mask=exists[:, None])
+    at = batch * key_batch + token * key_token + head * D
+    result = _gradient(key_gradient, key, key_weight, gradient_at, at, exists, cos, sin, eps, D, M)
+    tl.store(key_out + out_at, result.to(key_out.dtype.element_ty), mask=exists[:, None])
