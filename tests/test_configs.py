@@ -150,6 +150,10 @@ def test_a_mistake_in_a_sweep_stays_an_exception(tmp_path: Path) -> None:
     [
         (["window=0"], "window=0"),
         (["layers=[nothing.*]"], "nothing"),
+        (["layers=nothing"], "layers glob 'nothing' matches none"),
+        (["trainer.max_steps=2.5"], r"trainer\.max_steps=2\.5; choose a whole number, 1 or more"),
+        (["data.batch_size=0"], r"data\.batch_size=0; choose a whole number, 1 or more"),
+        (["calibration_samples=-1"], "calibration_samples=-1; choose a whole number, 1 or more"),
         (["resume=missing"], "resume=missing is no checkpoint"),
         (["resume=last"], "resume=last finds no checkpoint"),
         (["export=zip"], "export=zip is unknown"),
@@ -190,6 +194,7 @@ def test_mistakes_are_told_before_samples_are_generated(
     ("argument", "sentence"),
     [
         ("trainer.max_steps=many", "trainer.max_steps=many is no number: its default is 40."),
+        ("stages=8", "stages=8 replaces several settings: set stages.<name> of transfer, distill."),
         ("hydra.run.dir=file/run", "file/run could not be written (Not a directory)"),
     ],
 )

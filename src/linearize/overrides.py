@@ -51,7 +51,7 @@ def override_errors(config_folder: str | Path, config_name: str) -> Iterator[Non
 
 
 def check_types(config: DictConfig) -> None:
-    """Checks that no override puts a text where the config has a number or a switch.
+    """Checks that no override puts a text where the config has a number or a switch, or any value in place of a group.
 
     Args:
         config: The composed config of the running job.
@@ -62,19 +62,23 @@ def check_types(config: DictConfig) -> None:
     running = HydraConfig.get()
     groups = set(running.runtime.choices)
     overrides = {override: override.split("=")[0].lstrip("+") for override in running.overrides.task}
-    texts = {}
+    given = {}
     for key in overrides.values():
         value = None if key in groups else OmegaConf.select(config, key, throw_on_resolution_failure=False)
         # Lightning takes times such as 00:12:00:00 for numbers of steps.
-        if isinstance(value, str) and not _TIME.fullmatch(value):
-            texts[key] = value
-    if not texts or not GlobalHydra.instance().is_initialized():
+        if isinstance(value, int | float) or (isinstance(value, str) and not _TIME.fullmatch(value)):
+            given[key] = value
+    if not given or not GlobalHydra.instance().is_initialized():
         return
     defaults = compose(
         running.job.config_name, overrides=[override for override, key in overrides.items() if key in groups]
     )
-    for key, value in texts.items():
+    for key, value in given.items():
         default = OmegaConf.select(defaults, key, throw_on_resolution_failure=False)
+        if isinstance(default, DictConfig):
+            raise LinearizeError(f"{key}={value} replaces several settings: set {key}.<name> of {', '.join(default)}.")
+        if not isinstance(value, str):
+            continue
         if isinstance(default, bool):
             raise LinearizeError(f"{key}={value} is neither true nor false: its default is {str(default).lower()}.")
         if isinstance(default, int | float):

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from linearize.compilation import compile_backend, compile_blocks
 from linearize.config import build_prompts, build_teacher
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 from linearize.evaluation.pictures import save_png
 from linearize.export import load_pipeline
 from linearize.teachers import resolve_device, resolve_dtype
@@ -21,8 +21,11 @@ def sample(cfg: DictConfig) -> list[Path]:
         The files.
 
     Raises:
-        LinearizeError: no prompt is given, a folder cannot be read, or the file's name is no PNG's.
+        LinearizeError: no prompt is given, a size is no number of things, a folder cannot be read, or the file's name
+            is no PNG's.
     """
+    for name in ("height", "width", "num_inference_steps", "max_sequence_length"):
+        check_count(name, cfg[name])
     prompts = _prompts(cfg)
     out = Path(cfg.out)
     if out.suffix.lower() != ".png":

@@ -26,7 +26,7 @@ from linearize.distillation.module import DistillationModule
 from linearize.distillation.resume import check_checkpoint, find_checkpoint
 from linearize.distillation.stages import Stage, allot_steps
 from linearize.distillation.window_dropout import WindowDropout
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 from linearize.evaluation.settings import EvaluationSettings
 from linearize.export import FORMS
 from linearize.files import write_json
@@ -57,6 +57,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     _quieten()
     seed_generators(cfg.seed)
     cfg = resolve_precision(cfg)
+    for name in ("trainer.max_steps", "data.batch_size", "calibration_samples"):
+        check_count(name, OmegaConf.select(cfg, name))
     stages, rules = build_stages(cfg), layer_rules(cfg)
     settings = EvaluationSettings(**plain(cfg.evaluation))
     if cfg.export is not None and cfg.export not in FORMS:
@@ -153,7 +155,8 @@ def layer_rules(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     if cfg.plan is None:
         mixer = plain(cfg.mixer)
-        return [{"layers": list(cfg.layers), "mixer": mixer.pop("name"), **mixer}]
+        layers = cfg.layers if isinstance(cfg.layers, str) else list(cfg.layers)
+        return [{"layers": layers, "mixer": mixer.pop("name"), **mixer}]
     rules = OmegaConf.to_container(cfg.plan, resolve=True) if isinstance(cfg.plan, ListConfig) else cfg.plan
     if not isinstance(rules, list) or not all(isinstance(rule, dict) and "mixer" in rule for rule in rules):
         raise LinearizeError(
