@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,23 +128,27 @@ class SoftMixer(JointMixer):
 
     def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
         """See `JointMixer.mix_images`: from the keys to the landmarks and from there to the queries."""
-        to_landmarks, among, from_keys, share = self._kernels(pair, tokens)
-        value = torch.matmul(from_keys, tokens.value[:, :, self._served(tokens)])
-        value = torch.matmul(newton_inverse(among, JITTER), value * share) * share
-        output, mass = torch.matmul(to_landmarks, value), self._mass(pair, tokens)[0]
+        kernels = self._kernels(pair, tokens)
+        value = torch.matmul(kernels.from_keys, tokens.value[:, :, self._served(tokens)])
+        value = torch.matmul(newton_inverse(kernels.among, JITTER), value * kernels.share) * kernels.share
+        counts = kernels.num_keys[..., None].expand(*value.shape[:3], 1)
+        output, mass = torch.matmul(kernels.to_landmarks, torch.cat([value, counts], dim=-1)).split(
+            [value.shape[-1], 1], dim=-1
+        )
         return LinearPart(output * mass if self._has_unit_rows else output, mass, pair.query.log_scale)
 
     def dense_images(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """See `JointMixer.dense_images`: the matrix W with an exact inverse."""
-        to_landmarks, among, from_keys, share = self._kernels(pair, tokens)
-        weights = torch.matmul(to_landmarks * share.transpose(-1, -2), torch.linalg.inv(among))
-        weights = torch.matmul(weights * share.transpose(-1, -2), from_keys)
-        total, each, index = self._mass(pair, tokens)
+        kernels = self._kernels(pair, tokens)
+        share = kernels.share.transpose(-1, -2)
+        weights = torch.matmul(kernels.to_landmarks * share, torch.linalg.inv(kernels.among))
+        weights = torch.matmul(weights * share, kernels.from_keys)
+        # The landmarks of keys come last.
+        mass = kernels.to_landmarks[..., kernels.cells - kernels.num_cells]
         mask = tokens.mask_of(self._served(tokens))
-        mass = each[..., index]
         if mask is not None:
             mass = mass * mask[:, None, None]
-        return weights * total if self._has_unit_rows else weights, mass
+        return weights * mass.sum(dim=-1, keepdim=True) if self._has_unit_rows else weights, mass
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """Kernels to and from the landmarks and their products with the value, the inverse, and exact text."""
@@ -164,38 +169,47 @@ class SoftMixer(JointMixer):
         """The tokens of the kernel."""
         return slice(None) if self.text == "state" else tokens.image
 
-    def _landmarks(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means of queries and of keys in each cell, how many keys a cell has, and the cell of every token."""
-        layout = tokens.context.layout
+    def _kernels(self, pair: FeaturePair, tokens: Tokens) -> Kernels:
+        """Kernels of the landmarks, which are means of queries, and of keys behind them; empty cells have no part."""
+        layout, served = tokens.context.layout, self._served(tokens)
         self.check_layout(layout)
-        index, num_cells = landmark_index(layout, self.landmarks_per_side, self.text == "state", tokens.query.device)
-        mask = tokens.mask_of(self._served(tokens))
-        query_means, counts = cell_landmarks(pair.query.values, index, num_cells, mask)
-        key_means, _ = cell_landmarks(pair.key.values, index, num_cells, mask)
-        return query_means, key_means, counts, index
-
-    def _kernels(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """K(Q, L), K(L, L) + 0.01 I, K(L, K) and the diagonal of D^(-1/2) as a column; empty cells have no part."""
-        landmarks, key_means, counts, _ = self._landmarks(pair, tokens)
-        present = (counts > 0).to(landmarks.dtype)
+        cells, num_cells = landmark_index(layout, self.landmarks_per_side, self.text == "state", tokens.query.device)
+        mask = tokens.mask_of(served)
+        landmarks, counts = cell_landmarks(pair.query.values, cells, num_cells, mask)
+        present = counts > 0
         if not self.is_paper:
+            key_means, _ = cell_landmarks(pair.key.values, cells, num_cells, mask)
             landmarks, present = torch.cat([landmarks, key_means], dim=2), present.repeat(1, 1, 2)
             counts = torch.cat([torch.zeros_like(counts), counts], dim=2)
-        to_landmarks = gaussian_kernel(pair.query.values, landmarks) * present[:, :, None, :]
-        from_keys = gaussian_kernel(landmarks, pair.key.values) * present[..., None]
-        mask = tokens.mask_of(self._served(tokens))
-        if mask is not None:
-            from_keys = from_keys * mask[:, None, None]
-        among = gaussian_kernel(landmarks, landmarks) * present[..., None] * present[:, :, None, :]
-        share = torch.ones_like(present).expand(among.shape[:3])[..., None]
+        is_key = None if mask is None else mask[:, None]
+        to_landmarks = gaussian_kernel(pair.query.values, landmarks, None, present)
+        from_keys = gaussian_kernel(landmarks, pair.key.values, present, is_key)
+        among = gaussian_kernel(landmarks, landmarks, present, present)
+        share = torch.ones_like(among[..., :1])
         if self.normalization == "symmetric":
             mass = among.sum(dim=-1, keepdim=True) if self.is_paper else torch.matmul(among, counts[..., None])
-            share = torch.where(present[..., None] > 0, mass, 1.0).rsqrt()
+            share = torch.where(present[..., None], mass, 1.0).rsqrt()
         jitter = JITTER * torch.eye(among.shape[-1], dtype=among.dtype, device=among.device)
-        return to_landmarks, among + jitter, from_keys, share
+        return Kernels(to_landmarks, among + jitter, from_keys, share, counts, cells, num_cells)
 
-    def _mass(self, pair: FeaturePair, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """sum_j K(q_i, landmark of key j) [.., 1], the kernel to each cell's key landmark, and the cell of each key."""
-        _, key_means, counts, index = self._landmarks(pair, tokens)
-        each = gaussian_kernel(pair.query.values, key_means)
-        return torch.matmul(each, counts[..., None].to(each.dtype)), each, index
+
+class Kernels(NamedTuple):
+    """The kernel between tokens and landmarks.
+
+    Attributes:
+        to_landmarks: K(Q, L), [batch, heads, tokens, M].
+        among: K(L, L) + 0.01 I.
+        from_keys: K(L, K), [batch, heads, M, tokens].
+        share: The diagonal of D^(-1/2), [batch, heads, M, 1].
+        num_keys: Keys that a landmark stands for, [batch, 1, M].
+        cells: The cell of every token.
+        num_cells: Cells.
+    """
+
+    to_landmarks: Tensor
+    among: Tensor
+    from_keys: Tensor
+    share: Tensor
+    num_keys: Tensor
+    cells: Tensor
+    num_cells: int

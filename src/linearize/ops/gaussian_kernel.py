@@ -12,14 +12,34 @@ from linearize.layout import Layout
 from linearize.ops.block_states import block_index
 from linearize.ops.constant_tables import layout_table
 
+# The exponent of what has no part, whose exponential is 0; products of an infinite one with 0 would be no numbers.
+NOTHING = -1e30
 
-def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
+
+def gaussian_kernel(
+    first: Tensor, second: Tensor, has_first: Tensor | None = None, has_second: Tensor | None = None
+) -> Tensor:
     """exp(-|x - y|^2 / 2), [..., first, second].
 
     It is e^(x y) e^(-|x|^2 / 2) e^(-|y|^2 / 2): on vectors of one length, proportional to softmax's own weights.
+
+    Args:
+        first: x, [..., first, channels].
+        second: y, [..., second, channels].
+        has_first: Broadcasts to [..., first], False where the kernel is 0; None where it is nowhere.
+        has_second: Same for [..., second].
     """
-    distance = first.square().sum(dim=-1)[..., :, None] + second.square().sum(dim=-1)[..., None, :]
-    return torch.exp(torch.matmul(first, second.transpose(-1, -2)) - distance / 2)
+    rows = torch.cat([first, _exponent(first, has_first), torch.ones_like(first[..., :1])], dim=-1)
+    columns = torch.cat([second, torch.ones_like(second[..., :1]), _exponent(second, has_second)], dim=-1)
+    return torch.matmul(rows, columns.transpose(-1, -2)).exp()
+
+
+def _exponent(states: Tensor, is_there: Tensor | None) -> Tensor:
+    """-|x|^2 / 2, [..., 1]."""
+    exponent = states.square().sum(dim=-1) / -2
+    if is_there is not None:
+        exponent = exponent.masked_fill(~is_there, NOTHING)
+    return exponent[..., None]
 
 
 @layout_table

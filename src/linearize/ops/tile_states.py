@@ -264,8 +264,11 @@ def _with_none(states: Tensor) -> Tensor:
 
 def _near(states: Tensor, tables: TileTables, some: slice) -> Tensor:
     """What `_with_none` returns to [batch, heads, some tiles, near keys, channels]."""
-    near = tables.near[some]
-    return states.index_select(2, near.flatten()).unflatten(2, near.shape).flatten(3, 4)
+    near, (batch, heads, num_tiles) = tables.near[some], states.shape[:3]
+    # As rows of one matrix: GPUs copy whole rows, and not number by number.
+    first = torch.arange(0, batch * heads * num_tiles, num_tiles, device=near.device)
+    rows = states.reshape(batch * heads * num_tiles, -1).index_select(0, (first[:, None] + near.flatten()).flatten())
+    return rows.view(batch, heads, len(near), -1, states.shape[-1])
 
 
 @layout_table
