@@ -145,7 +145,8 @@ class LinearFluxAttention(FluxAttention):
         queries, keys, _ = zip(*streams, strict=True)
         query_norms, key_norms = zip(*self._norms(), strict=True)
         trains = torch.is_grad_enabled() and any(norm.weight.requires_grad for norm in (*query_norms, *key_norms))
-        if trains or not is_compiled(queries[0]):
+        # Triton's tiles are powers of two.
+        if trains or self.head_dim & (self.head_dim - 1) or not is_compiled(queries[0]):
             return None
 
         def call() -> tuple[Tensor, Tensor]:
