@@ -121,7 +121,7 @@ class LizardMixer(ConvexMixer):
             part = merge(of_text, window_alone(query, key, tokens, self.window))
         output = part.output
         if self.num_meta:
-            output = output * (part.log_mass - self._log_meta(output)).sigmoid()
+            output = output * (part.log_mass - self._log_meta(part.log_mass)).sigmoid()
         return with_text_queries(
             output, query, key, value, layout=context.layout, scale=context.scale, key_mask=context.key_mask
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from linearize.ops.chunk_pairs import ChannelPairs, HeadPairs, Pairs
 from linearize.ops.chunk_states import BOTH_WAYS, BOTH_WAYS_BACK, carry_states
@@ -23,8 +24,9 @@ def chunked(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, bac
     """See `bidirectional_gated_attention`; of a cost linear in tokens.
 
     Both directions share their matrix products, in the type of query, key and value; gates and states are float32 or
-    wider. Gates that let so little through that the products' type does not tell it from nothing, e^-9 for bf16, count
-    as just that. Nothing but the arguments is kept for the gradient, which has no derivative of its own.
+    wider. Gates of each feature that let so little through that the products' type does not tell it from nothing, e^-9
+    for bf16, count as just that. For the gradient, which has no derivative of its own, nothing is kept that is larger
+    than the arguments.
     """
     arguments = (query, key, aligned(value), forward_gate, backward_gate)
     size = max(1, NUMBERS_AT_A_TIME // max(1, query[:, 0].numel()))
@@ -90,6 +92,7 @@ class _Scan(torch.autograd.Function):
         return _from_chunks(_Chunks(*kept).output(), *ctx.sizes)
 
     @staticmethod
+    @once_differentiable
     @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         """By the products and states that `_Chunks.gradients` tells."""
