@@ -25,9 +25,11 @@ from linearize.ops.linear_attention import (
     linear_attention_flops,
     mask_keys,
     merge,
+    numerator_and_mass,
     with_text_queries,
 )
 from linearize.ops.pooling import num_cells
+from linearize.ops.products import with_ones
 
 
 class SlaMixer(JointMixer):
@@ -105,36 +107,25 @@ class SlaMixer(JointMixer):
         """See `JointMixer.features`."""
         return map_pair(tokens, "before_map", self.map, self.map)
 
-    def exact_part(self, tokens: Tokens) -> SoftmaxPart | None:
-        """See `JointMixer.exact_part`: text, if it is exact, and the selected blocks."""
+    def image_parts(self, pair: FeaturePair, tokens: Tokens) -> tuple[SoftmaxPart | None, LinearPart]:
+        """See `JointMixer.image_parts`: softmax sees the selected blocks, too, and linear attention the others."""
         if self.branches == "linear":
-            return super().exact_part(tokens)
-        (query, key), image = tokens.product_rotated, tokens.image
-        blocks, selected = self._selection(tokens)
-        sparse = block_sparse_softmax(
-            query[:, :, image],
-            key[:, :, image],
-            tokens.product_value[:, :, image],
-            blocks=blocks,
-            selected=selected,
-            scale=tokens.context.scale,
-            key_mask=tokens.mask_of(image),
-        )
-        return merge(super().exact_part(tokens), sparse)
-
-    def mix_images(self, pair: FeaturePair, tokens: Tokens) -> LinearPart:
-        """See `JointMixer.mix_images`: one state of each block, summed over those that are not selected."""
-        if self.branches == "linear":
-            return super().mix_images(pair, tokens)
+            return super().image_parts(pair, tokens)
+        image, (blocks, selected) = tokens.image, self._selection(tokens)
+        query, key, value = (states[:, :, image] for states in (*tokens.product_rotated, tokens.product_value))
+        mask, scale = tokens.mask_of(image), tokens.context.scale
+        sparse = block_sparse_softmax(query, key, value, blocks=blocks, selected=selected, scale=scale, key_mask=mask)
+        exact = merge(self.exact_part(tokens), sparse)
         if self.branches == "window":
-            nothing = torch.zeros_like(tokens.product_value[:, :, tokens.image])
-            return LinearPart(nothing, nothing[..., :1], nothing.new_zeros(()))
-        blocks, selected = self._selection(tokens)
-        value, mask = tokens.product_value[:, :, tokens.image], tokens.mask_of(tokens.image)
+            nothing = torch.zeros_like(value)
+            return exact, LinearPart(nothing, nothing[..., :1], nothing.new_zeros(()))
+        pair = pair.at(image, image)
+        # One state of each block, summed over those that are not selected.
         rest = (~chosen(selected, blocks.number)).to(value.dtype)
-        value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
-        sums = mix_block_states(pair.query.values, mask_keys(pair.key.values, mask), value, rest, blocks)
-        return LinearPart(sums[..., :-1], sums[..., -1:], pair.query.log_scale + pair.key.log_scale)
+        keys = mask_keys(pair.key.values, mask)
+        sums = mix_block_states(pair.query.values, keys, with_ones(value), rest, blocks)
+        log_scale = pair.query.log_scale + pair.key.log_scale
+        return exact, LinearPart(*numerator_and_mass(sums, value.shape[-1]), log_scale)
 
     def sees_exactly(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.sees_exactly`."""
@@ -153,9 +144,8 @@ class SlaMixer(JointMixer):
         """See `JointMixer.mix`."""
         if self.variant == "dit":
             return super().mix(tokens)
-        image, context, exact = tokens.image, tokens.context, self.exact_part(tokens)
-        pair = self.features(tokens).for_products(tokens)
-        output = self._project(join(None, self.mix_images(pair.at(image, image), tokens)))
+        context, (exact, part) = tokens.context, self.image_parts(self.features(tokens).for_products(tokens), tokens)
+        output = self._project(join(None, part))
         return with_text_queries(
             output if exact is None else exact.output + output,
             *tokens.given_rotated,
@@ -202,9 +192,10 @@ class SlaMixer(JointMixer):
 
     def _selection(self, tokens: Tokens) -> tuple[Blocks, Tensor]:
         """The blocks of image tokens, and those of keys for each one of queries."""
-        # Rotated in float32 at least: rounding the rotated tokens would change which blocks come first.
-        query, key = (tokens.context.rotate(states.detach()) for states in (tokens.query, tokens.key))
-        image = tokens.image
+        image, query, key = tokens.image, *(states.detach() for states in tokens.rotated)
+        if tokens.given[0].dtype != query.dtype:
+            # Rotated in float32 at least: rounding the rotated tokens would change which blocks come first.
+            query, key = (tokens.context.rotate(states.detach()) for states in (tokens.query, tokens.key))
         blocks = square_blocks(tokens.context.layout, self.block_size, query.device)
         num_selected = self._num_selected(blocks.number)
         return blocks, select_blocks(query[:, :, image], key[:, :, image], blocks, num_selected, tokens.mask_of(image))

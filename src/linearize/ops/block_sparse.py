@@ -14,6 +14,7 @@ from linearize.ops.constant_tables import layout_table
 from linearize.ops.disc import coordinates
 from linearize.ops.linear_attention import SoftmaxPart, weigh
 from linearize.ops.products import wide_matmul
+from linearize.ops.softmax_mass import softmax_with_mass
 
 # Numbers of gathered keys that are in memory at a time, forward and backward.
 NUMBERS_AT_A_TIME = 2**25
@@ -50,18 +51,14 @@ def select_blocks(
     Returns:
         [batch, heads, blocks, num_selected], ascending; blocks without a valid key come last.
     """
-    valid = torch.ones_like(key[..., :1]) if key_mask is None else key_mask[:, None, :, None].to(key.dtype)
-
-    def mean(states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        zeros = states.new_zeros(*states.shape[:2], blocks.number, states.shape[-1])
-        total = zeros.index_add(2, blocks.index, states * counts)
-        number = zeros[..., :1].index_add(2, blocks.index, counts.expand(*states.shape[:3], 1))
-        return total / number.clamp(min=1), number > 0
-
-    query_means, _ = mean(query, torch.ones_like(key[..., :1]))
-    key_means, present = mean(key, valid)
-    scores = torch.matmul(query_means, key_means.transpose(-1, -2))
-    scores = scores.masked_fill(~present.transpose(-1, -2), -torch.inf)
+    ones = key.new_ones(1, 1, key.shape[2], 1)
+    valid = ones if key_mask is None else key_mask[:, None, :, None].to(key.dtype)
+    keys = key if key_mask is None else key * valid
+    query_sums, key_sums, counts, key_counts = (
+        blocks.spread(states).sum(dim=3) for states in (query, keys, ones, valid)
+    )
+    scores = torch.matmul(query_sums / counts, (key_sums / key_counts.clamp(min=1)).transpose(-1, -2))
+    scores = scores.masked_fill((key_counts == 0).transpose(-1, -2), -torch.inf)
     return scores.topk(num_selected, dim=-1).indices.sort(dim=-1).values
 
 
@@ -96,13 +93,19 @@ def block_sparse_softmax(
         A part of [batch, heads, tokens, head_dim]: scores and sums are float32 at least, products as those of the ops.
     """
     valid = torch.ones_like(key[:, :1, :, :1]) if key_mask is None else key_mask[:, None, :, None].to(key.dtype)
-    seen = blocks.spread(valid)[..., 0].expand(-1, query.shape[1], -1, -1) > 0
+    seen = blocks.spread(valid).expand(-1, query.shape[1], -1, -1, -1) > 0
+    sees_all = key_mask is None and blocks.number * blocks.slots == query.shape[2]
     queries, keys, values = (blocks.spread(states) for states in (query, key, value))
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
-        near_keys, near_values, near = (_gather(states, selected) for states in (keys, values, seen))
+        near_keys, near_values = (_gather(states, selected) for states in (keys, values))
+        if sees_all:
+            # Blocks take the place of heads.
+            flat = (states.flatten(0, 1) for states in (queries, near_keys, near_values))
+            output, log_mass = softmax_with_mass(*flat, scale=scale)
+            return output.unflatten(0, queries.shape[:2]), log_mass.unflatten(0, queries.shape[:2])
         scores = wide_matmul(queries, near_keys.transpose(-1, -2)) * scale
-        part = weigh(scores, near_values, near[..., None, :])
+        part = weigh(scores, near_values, _gather(seen, selected).transpose(-1, -2))
         return part.output, part.log_mass
 
     step = max(1, NUMBERS_AT_A_TIME // (selected.shape[-1] * blocks.slots * query.shape[-1] * query[..., 0, 0].numel()))
@@ -114,6 +117,7 @@ def block_sparse_softmax(
             values,
             selected[:, :, start : start + step],
             use_reentrant=False,
+            preserve_rng_state=False,
         )
         for start in range(0, blocks.number, step)
     ]
@@ -122,6 +126,9 @@ def block_sparse_softmax(
 
 
 def _gather(states: Tensor, selected: Tensor) -> Tensor:
-    """[batch, heads, blocks, slots, ...] to [batch, heads, query blocks, num_selected x slots, ...]."""
-    batch, heads = (torch.arange(size, device=states.device) for size in states.shape[:2])
-    return states[batch[:, None, None, None], heads[:, None, None], selected].flatten(3, 4)
+    """[batch, heads, blocks, slots, channels] to [batch, heads, query blocks, num_selected x slots, channels]."""
+    # As rows of one matrix: GPUs copy whole rows, and not number by number.
+    batch, heads, num_blocks = states.shape[:3]
+    first = torch.arange(0, batch * heads * num_blocks, num_blocks, device=states.device).view(batch, heads, 1, 1)
+    rows = states.reshape(batch * heads * num_blocks, -1).index_select(0, (first + selected).flatten())
+    return rows.view(*selected.shape[:3], -1, states.shape[-1])
