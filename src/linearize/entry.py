@@ -1,6 +1,7 @@
 """The frame of a command line entry point: Hydra, and every mistake told in one sentence."""
 
 import functools
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ def entry_point(script: str | Path, config_name: str) -> Callable[[Callable[[Any
         @functools.wraps(task)
         def main() -> None:
             signal.signal(signal.SIGTERM, _terminate)
+            # It tells at every start that torchvision is missing, which FLUX's text-to-image pipeline never uses.
+            logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
             try:
                 _run(task, root, config_name)
             except ModuleNotFoundError as error:
