@@ -9,7 +9,7 @@ from linearize.errors import LinearizeError
 from linearize.ops import chunked_scan
 from linearize.ops.chunk_states import BOTH_WAYS, BOTH_WAYS_BACK, GROUP, carry_states
 from linearize.ops.chunked_scan import CHUNK, chunked
-from linearize.ops.gated_scan import bidirectional_gated_attention, dense_decay, gated_attention_flops
+from linearize.ops.gated_scan import bidirectional_gated_attention, dense, dense_decay, gated_attention_flops
 
 WIDTH = 4
 
@@ -96,6 +96,33 @@ def test_groups_of_heads_make_no_difference(gate_width, monkeypatch):
     gradients = (torch.autograd.grad(found.sin().sum(), leaves) for found in (output, expected))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("gate_width", [1, 32])
+@pytest.mark.parametrize(("openness", "strength"), [(5.5, 1 / 16), (0.0, 1.0), (0.0, 300.0)])
+def test_products_in_bf16_are_off_by_their_rounding(gate_width, openness, strength):
+    """As on a GPU, where gates are float32."""
+    torch.manual_seed(0)
+    query, key = torch.rand(2, 1, 2, 300, 32).bfloat16()
+    value, *drawn = torch.randn(1, 2, 300, 16).bfloat16(), *torch.randn(2, 1, 2, 300, gate_width)
+    gates = [strength * F.logsigmoid(3 * one + openness) for one in drawn]
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value, *gates)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    outputs = chunked(*leaves), dense(*exact)
+    weight = torch.randn(outputs[0].shape).bfloat16()
+    found, expected = (
+        [output, *torch.autograd.grad(output, states, weight.to(output.dtype))]
+        for output, states in zip(outputs, (leaves, exact), strict=True)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
+def test_there_is_no_second_derivative():
+    leaves = [tensor.requires_grad_() for tensor in inputs(5)]
+    (gradient,) = torch.autograd.grad(chunked(*leaves).square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("gate_width", [1, WIDTH])
