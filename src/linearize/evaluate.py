@@ -1,5 +1,6 @@
 """Measures an exported student against its teacher, on the paired protocol and, where asked, on real pictures."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from linearize.errors import LinearizeError
 from linearize.evaluation import real_data
 from linearize.evaluation.settings import EvaluationSettings
 from linearize.evaluation.summary import Comparison, build_summary, compare, write_summary
-from linearize.export import load_pipeline
+from linearize.export import check_student, load_pipeline
 from linearize.scenes.judge import Judge
 from linearize.surgery import trained_parameters
 from linearize.teachers import Teacher
@@ -29,6 +30,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     if cfg.student is None:
         raise LinearizeError("student is not given: set student=<run dir>/student, the folder of an exported student.")
+    check_student(Path(cfg.student).expanduser())
     settings = EvaluationSettings(**plain(cfg.evaluation))
     real = _open_real_data(cfg)
     teacher = build_teacher(cfg)

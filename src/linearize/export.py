@@ -83,10 +83,7 @@ def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None,
         LinearizeError: the folder is missing, damaged or holds no student, or asks for a mixer that does not exist.
     """
     folder = Path(folder).expanduser()
-    index = check_pipeline_files(
-        folder, LIBRARIES, next_step="give the student/ folder that a run or export_student wrote"
-    )
-    backbone = _backbone_of(folder, index)
+    backbone, index = check_student(folder)
     absent = dict.fromkeys(absent_components(index))
     student = _load_student(folder / "transformer", backbone, dtype=torch_dtype)
     pipeline_class: Any = backbone.pipeline_class
@@ -95,6 +92,21 @@ def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None,
         return pipeline_class.from_pretrained(folder, transformer=student, **arguments)
     except LOADING_ERRORS as error:
         raise _damaged(folder, error) from error
+
+
+def check_student(folder: Path) -> tuple[Backbone, dict[str, Any]]:
+    """Checks the folder of an exported student before anything is loaded.
+
+    Returns:
+        The student's backbone, and the folder's model_index.json.
+
+    Raises:
+        LinearizeError: the folder is missing, damaged or holds no student, or asks for a mixer that does not exist.
+    """
+    index = check_pipeline_files(
+        folder, LIBRARIES, next_step="give the student/ folder that a run or export_student wrote"
+    )
+    return _backbone_of(folder, index), index
 
 
 def _load_student(folder: Path, backbone: Backbone, *, dtype: torch.dtype | None = None) -> nn.Module:

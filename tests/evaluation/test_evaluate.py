@@ -126,5 +126,5 @@ def test_wrong_settings_are_told(configured, student_folder, tiny_flux_folder, t
 def test_a_mistake_exits_with_two_and_one_sentence(run_script, tiny_flux_folder, tmp_path):
     done = run_script("evaluate.py", tmp_path, "student=nowhere", f"teacher.path={tiny_flux_folder}", *SMALL)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: nowhere is no pipeline folder")
+    assert done.stderr.startswith("error: nowhere is no pipeline folder") and done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
