@@ -24,6 +24,7 @@ CASES = {
     "two images": ((Grid(11, 20), Grid(7, 17)), 0, True, TILE, "neighborhood", 3),
     "text last": ((Grid(9, 37),), 130, False, TILE, "tiles", 3),
     "raster": ((Grid(10, 21),), 7, True, None, "disc", 4),
+    "itself": ((Grid(16, 32),), 128, True, TILE, "disc", 1),
     "whole neighborhood": ((Grid(16, 32),), 0, True, TILE, "neighborhood", 4),
 }
 

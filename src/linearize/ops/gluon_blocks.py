@@ -120,7 +120,7 @@ def hide_unseen(scores, places, own_top, own_left, height, width, window, REGION
         (top - own_top).to(gl.float32) + (key_slot % 64 // WIDTH).to(gl.float32)
     )
     right = (query_slot % WIDTH).to(gl.float32) - ((left - own_left).to(gl.float32) + (key_slot % WIDTH).to(gl.float32))
-    room = (window * window).to(gl.float32) - 1 - down * down
+    room = window * window * 1.0 - 1 - down * down
     return scores - FAR * _beyond(right, room)
 
 

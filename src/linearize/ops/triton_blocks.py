@@ -110,7 +110,7 @@ def score_limit(
         inside = (down >= 0) & (down < tl.minimum(2 * window - 1, height))
         inside = inside & (right >= 0) & (right < tl.minimum(2 * window - 1, width))
         return tl.where(inside | (images == 0), FAR, -FAR)
-    limit = tl.where(images & (REGION == "disc"), (window * window).to(tl.float32) - 0.5, _ALL)
+    limit = tl.where(images & (REGION == "disc"), window * window - 0.5, _ALL)
     down = (query_slot // WIDTH + (query_top - key_top) - key_slot // WIDTH).to(tl.float32)
     right = (query_slot % WIDTH + (query_left - key_left) - key_slot % WIDTH).to(tl.float32)
     # One term depends on rows alone and one on columns, so each is shared by many pairs.
