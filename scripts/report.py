@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from linearize.errors import LinearizeError
+from linearize.errors import MISTAKE, LinearizeError
 from linearize.evaluation.comparison import compare_runs
 from linearize.evaluation.report import write_reports
 from linearize.files import write_json
@@ -29,7 +29,7 @@ def main() -> None:
             print(page)
     except LinearizeError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":

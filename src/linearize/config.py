@@ -20,8 +20,7 @@ from linearize.compilation import compile_backend, compile_blocks
 from linearize.data.ensure import ensure_samples
 from linearize.data.prompts import PromptSource, prompt_source
 from linearize.data.settings import GenerationSettings
-from linearize.entry import INTERRUPTED, MISTAKE
-from linearize.errors import LinearizeError
+from linearize.errors import INTERRUPTED, MISTAKE, LinearizeError
 from linearize.extras import describe_missing
 from linearize.files import first_sentence, refused_write
 from linearize.processes import process_place

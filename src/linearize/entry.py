@@ -9,9 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from linearize.errors import INTERRUPTED, MISTAKE
 from linearize.extras import describe_missing
-
-MISTAKE, INTERRUPTED = 2, 130
 
 
 def entry_point(script: str | Path, config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:

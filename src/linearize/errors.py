@@ -1,6 +1,9 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, checks that raise it, and what a process ends with."""
 
 from collections.abc import Iterable
+
+# Exit codes of entry points: after a mistake of the user, and after Ctrl-C or SIGTERM.
+MISTAKE, INTERRUPTED = 2, 130
 
 
 class LinearizeError(ValueError):

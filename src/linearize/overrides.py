@@ -16,8 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from linearize.config import describe_failure
-from linearize.entry import MISTAKE
-from linearize.errors import LinearizeError
+from linearize.errors import MISTAKE, LinearizeError
 from linearize.extras import missing_sentence
 
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
