@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from torch import nn
 
 from linearize.backbones.flux_fused import _joint_linear, linear_gelu
@@ -18,13 +18,24 @@ def test_a_product_of_two_inputs_is_that_of_one():
     torch.library.opcheck(_joint_linear, (first, second, joint.weight, joint.bias))
 
 
-def test_outside_of_a_compiler_layers_are_themselves(untouched):
+def test_outside_of_a_compiler_layers_are_themselves(teacher):
     layer, states = nn.Linear(6, 5), torch.randn(2, 3, 6)
     assert torch.equal(linear_gelu(layer, states), nn.functional.gelu(layer(states), approximate="tanh"))
-    before = untouched.state_dict()
-    linearize(untouched, "softmax")
-    assert before.keys() == untouched.state_dict().keys()
-    assert {type(block).__name__ for block in untouched.single_transformer_blocks} <= set(untouched._repeated_blocks)
+    before = teacher.state_dict()
+    linearize(teacher, "softmax")
+    assert before.keys() == teacher.state_dict().keys()
+
+
+def test_diffusers_knows_the_blocks(student, predict):
+    transformer = student(window=3)
+    blocks = {type(block).__name__ for block in transformer.single_transformer_blocks}
+    assert blocks <= set(transformer._repeated_blocks) & set(transformer._get_no_split_modules("auto"))
+    with torch.no_grad():
+        expected = predict(transformer)
+        transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+        with transformer.cache_context("call"):
+            assert torch.equal(predict(transformer), expected)
+            torch.testing.assert_close(predict(transformer), expected)  # from the cache, as sums with what blocks add
 
 
 def gpu_transformer():

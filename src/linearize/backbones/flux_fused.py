@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.activations import GELU
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
@@ -24,12 +25,15 @@ def is_compiled(states: Tensor) -> bool:
 def is_fused(states: Tensor, *layers: nn.Module) -> bool:
     """Whether operations without gradients may stand for these layers.
 
-    Layers that an adapter or a quantizer has replaced are left to themselves.
+    Layers that an adapter or a quantizer has replaced, or that offloading has elsewhere, are left to themselves.
     """
     return (
         is_compiled(states)
         and not torch.is_grad_enabled()
-        and all(type(layer) is nn.Linear and layer.weight.dtype in _HALVES for layer in layers)
+        and all(
+            type(layer) is nn.Linear and layer.weight.dtype in _HALVES and layer.weight.device == states.device
+            for layer in layers
+        )
     )
 
 
@@ -100,3 +104,10 @@ class LinearFluxSingleBlock(FluxSingleTransformerBlock):
         if joined.dtype == torch.float16:
             joined = joined.clip(-65504, 65504)
         return joined[:, :num_text_tokens], joined[:, num_text_tokens:]
+
+
+# Diffusers' caches of blocks, such as FirstBlockCacheConfig, know blocks by their class.
+TransformerBlockRegistry.register(
+    LinearFluxSingleBlock,
+    TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
+)

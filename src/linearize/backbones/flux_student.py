@@ -238,7 +238,7 @@ class LinearFluxTransformer2DModel(StudentSaving, FluxTransformer2DModel):
     """
 
     __module__ = "linearize"
-    _repeated_blocks = ("FluxTransformerBlock", "LinearFluxSingleBlock")
+    _repeated_blocks = _no_split_modules = ("FluxTransformerBlock", "LinearFluxSingleBlock")
     # Context parallelism cuts the tokens of softmax attention; mixers need theirs whole.
     _cp_plan = None
 
