@@ -25,9 +25,11 @@ def ring(at):
 
 
 @gluon.jit
-def copy_units(plane, rooms, full, empty, entries, begin, end, row, column, D: gl.constexpr):
+def copy_units(plane, own_ring, entries, begin, end, place, D: gl.constexpr):
     """Fetches the keys, or the values, of all steps, as room for them becomes free: two units of 64 tokens each."""
     PARTS: gl.constexpr = D // 64
+    rooms, full, empty = own_ring
+    row, column = place
     for i in range(begin, end):
         stage, parity = ring(i - begin)
         first, second = gl.load(entries + i * ENTRY), gl.load(entries + i * ENTRY + 3)
@@ -45,8 +47,9 @@ def copy_units(plane, rooms, full, empty, entries, begin, end, row, column, D: g
 
 
 @gluon.jit
-def copy_queries(query, queries, full, row, column):
+def copy_queries(query, queries, full, place):
     """Fetches both halves of a block of queries."""
+    row, column = place
     mbarrier.expect(full, 2 * query.block_type.nbytes)
     _load(query, [row, column], full, queries.index(0))
     _load(query, [row + 64, column], full, queries.index(1))
@@ -103,9 +106,10 @@ def places_of(entry):
 
 
 @gluon.jit
-def hide_unseen(scores, places, own_top, own_left, height, width, window, REGION: gl.constexpr, LAYOUT: gl.constexpr):
+def hide_unseen(scores, places, own, window, REGION: gl.constexpr, LAYOUT: gl.constexpr):
     """Scores, far below all others where the query does not see the key, [64, 128]."""
     first_top, first_left, second_top, second_left = places
+    own_top, own_left, height, width = own
     query_slot = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)), 1)
     key_slot = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT)), 0)
     top = gl.where(key_slot < 64, first_top, second_top)

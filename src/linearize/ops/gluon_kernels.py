@@ -27,7 +27,6 @@ from linearize.ops.gluon_blocks import (
     hide_unseen,
     places_of,
     release,
-    ring,
     softmax_step,
     step_of,
     wait_for,
@@ -40,29 +39,24 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
+def _scores(query, keys, stage, LAYOUT: gl.constexpr):
+    """Starts the product of queries with the keys in a stage."""
+    blank = gl.zeros([64, 128], gl.float32, LAYOUT)
+    return warpgroup_mma(query, keys.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _steps(
-    acc,
-    weights,
-    peak,
-    total,
+    state,
     query,
-    keys,
-    values,
-    key_full,
-    key_empty,
-    value_full,
-    value_empty,
+    key_ring,
+    value_ring,
     entries,
-    begin,
-    shared,
-    stop,
+    steps,
     first,
     last,
     half,
-    own_top,
-    own_left,
-    height,
-    width,
+    own,
     window,
     scale,
     MASKED: gl.constexpr,
@@ -71,15 +65,22 @@ def _steps(
     SCORES: gl.constexpr,
     WEIGHTS: gl.constexpr,
 ):
-    """Scores of steps [first, last), and the products of the weights one step behind."""
+    """Scores of steps [first, last), and the products of the weights one step behind.
+
+    `steps` are the first of the list, the first of one half alone, and the one behind this half's last; `own` is the
+    top and left of the half's queries, and the height and width of their grid.
+    """
+    acc, weights, peak, total = state
+    begin, shared, stop = steps
+    values, value_full, value_empty = value_ring
+    keys, key_full, key_empty = key_ring
     for i in range(first, last):
         at, older, ahead = step_of(i, shared, half), step_of(i - 1, shared, half), step_of(i + 1, shared, half)
-        stage, _ = ring(at - begin)
+        stage = (at - begin) % STAGES
         if MASKED:
             # Loaded before they are needed: it takes as long as a product.
             places = places_of(entries + at * ENTRY)
-        blank = gl.zeros([64, 128], gl.float32, SCORES)
-        pending = warpgroup_mma(query, keys.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
+        pending = _scores(query, keys, stage, SCORES)
         older_stage = wait_for(value_full, older - begin)
         product = warpgroup_mma(weights, values.index(older_stage), acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[pending])
@@ -88,7 +89,7 @@ def _steps(
         else:
             mbarrier.arrive(key_empty.index(stage))
         if MASKED:
-            scores = hide_unseen(scores, places, own_top, own_left, height, width, window, REGION, SCORES)
+            scores = hide_unseen(scores, places, own, window, REGION, SCORES)
         new, peak, total, decay = softmax_step(scores, peak, total, scale)
         new = gl.convert_layout(new.to(values.dtype), WEIGHTS)
         wait_for(key_full, gl.where(i + 1 < stop, ahead, at) - begin)
@@ -104,36 +105,45 @@ def _steps(
 
 
 @gluon.jit
+def _write(acc, result, query, results, half, place, start, lane, lanes, num_tokens, row, column, D: gl.constexpr):
+    """Writes output and log-sum-exp of a half: final, or a partial result in float32."""
+    output, lse, partial_output, partial_lse = results
+    slot = half * 64 + gl.arange(0, 64, layout=result.type.layout)
+    if place < 0:
+        gl.store(lse + lane.to(gl.int64) * num_tokens + start + slot, result)
+        # The queries are used up, so their room serves the way out.
+        query.store(acc.to(query.dtype))
+        fence_async_shared()
+        _barrier()
+        _store(output, [row + start + half * 64, column], query)
+        tma.store_wait(0)
+    else:
+        base = (place * lanes + lane).to(gl.int64) * 128
+        gl.store(partial_lse + base + slot, result)
+        token = half * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
+        channel = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
+        slots = partial_output + base * D + gl.expand_dims(token, 1) * D + gl.expand_dims(channel, 0)
+        gl.store(slots, acc)
+
+
+@gluon.jit
 def _consume(
     half,
-    output,
-    lse,
-    partial_output,
-    partial_lse,
+    results,
     queries,
-    keys,
-    values,
     query_full,
-    key_full,
-    key_empty,
-    value_full,
-    value_empty,
+    key_ring,
+    value_ring,
     entries,
-    begin,
-    masked,
-    shared,
-    end,
+    bounds,
+    own,
     place,
     start,
-    own_top,
-    own_left,
-    height,
-    width,
     lane,
     lanes,
     num_tokens,
-    output_row,
-    output_column,
+    row,
+    column,
     window,
     scale,
     REGION: gl.constexpr,
@@ -145,8 +155,12 @@ def _consume(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     query = queries.index(half)
-    own_top += half * (64 // WIDTH)
+    values, value_full = value_ring[0], value_ring[1]
+    keys, key_full, key_empty = key_ring
+    begin, masked, shared, end = bounds
     stop = shared + (end - shared) // 2
+    top, left, height, width = own
+    own = (top + half * (64 // WIDTH), left, height, width)
     # Far below any score, and far above what `hide_unseen` makes of one.
     peak = gl.full([64], -1e8, gl.float32, ROWS)
     total = column_sums(gl.zeros([64, 128], gl.float32, SCORES))
@@ -155,79 +169,54 @@ def _consume(
     mbarrier.wait(query_full, 0)
     at = step_of(begin, shared, half)
     stage = wait_for(key_full, at - begin)
-    blank = gl.zeros([64, 128], gl.float32, SCORES)
-    pending = warpgroup_mma(query, keys.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[pending])
+    scores = warpgroup_mma_wait(0, deps=[_scores(query, keys, stage, SCORES)])
     release(key_empty, stage, at >= shared)
     if begin >= masked:
-        places = places_of(entries + at * ENTRY)
-        scores = hide_unseen(scores, places, own_top, own_left, height, width, window, REGION, SCORES)
+        scores = hide_unseen(scores, places_of(entries + at * ENTRY), own, window, REGION, SCORES)
     new, peak, total, _ = softmax_step(scores, peak, total, scale)
     weights = gl.convert_layout(new.to(values.dtype), WEIGHTS)
     ahead = gl.where(begin + 1 < stop, step_of(begin + 1, shared, half), at)
     wait_for(key_full, ahead - begin)
-    acc, weights, peak, total = _steps(
-        acc, weights, peak, total, query, keys, values, key_full, key_empty, value_full, value_empty, entries,
-        begin, shared, stop, begin + 1, masked, half, own_top, own_left, height, width, window, scale, False, False,
-        REGION, SCORES, WEIGHTS,
+    state, steps, first = (acc, weights, peak, total), (begin, shared, stop), begin + 1
+    state = _steps(
+        state, query, key_ring, value_ring, entries, steps, first, masked, half, own, window, scale,
+        False, False, REGION, SCORES, WEIGHTS,
     )  # fmt: skip
-    acc, weights, peak, total = _steps(
-        acc, weights, peak, total, query, keys, values, key_full, key_empty, value_full, value_empty, entries,
-        begin, shared, stop, gl.maximum(begin + 1, masked), shared, half, own_top, own_left, height, width, window,
-        scale, True, False, REGION, SCORES, WEIGHTS,
+    state = _steps(
+        state, query, key_ring, value_ring, entries, steps, gl.maximum(first, masked), shared, half, own, window, scale,
+        True, False, REGION, SCORES, WEIGHTS,
     )  # fmt: skip
-    acc, weights, peak, total = _steps(
-        acc, weights, peak, total, query, keys, values, key_full, key_empty, value_full, value_empty, entries,
-        begin, shared, stop, gl.maximum(begin + 1, shared), stop, half, own_top, own_left, height, width, window,
-        scale, True, True, REGION, SCORES, WEIGHTS,
+    state = _steps(
+        state, query, key_ring, value_ring, entries, steps, gl.maximum(first, shared), stop, half, own, window, scale,
+        True, True, REGION, SCORES, WEIGHTS,
     )  # fmt: skip
-    at = step_of(stop - 1, shared, half)
-    stage = wait_for(value_full, at - begin)
+    acc, weights, peak, total = state
+    stage = wait_for(value_full, step_of(stop - 1, shared, half) - begin)
     product = warpgroup_mma(weights, values.index(stage), acc, is_async=True)
     acc, weights = warpgroup_mma_wait(0, deps=[product, weights])
     total = gl.convert_layout(gl.sum(total, 1), ROWS)
-
     acc = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, RESULT)), 1)
     result = peak + gl.log2(total)
-    slot = half * 64 + gl.arange(0, 64, layout=ROWS)
-    if place < 0:
-        gl.store(lse + lane.to(gl.int64) * num_tokens + start + slot, result)
-        # The queries are used up, so their room serves the way out.
-        query.store(acc.to(query.dtype))
-        fence_async_shared()
-        _barrier()
-        _store(output, [output_row + start + half * 64, output_column], query)
-        tma.store_wait(0)
-    else:
-        base = (place * lanes + lane).to(gl.int64) * 128
-        gl.store(partial_lse + base + slot, result)
-        row = half * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, RESULT))
-        channel = gl.arange(0, D, layout=gl.SliceLayout(0, RESULT))
-        slots = partial_output + base * D + gl.expand_dims(row, 1) * D + gl.expand_dims(channel, 0)
-        gl.store(slots, acc)
+    _write(acc, result, query, results, half, place, start, lane, lanes, num_tokens, row, column, D)
 
 
 @gluon.jit
-def _copy_keys(
-    query,
-    key,
-    queries,
-    keys,
-    query_full,
-    key_full,
-    key_empty,
-    entries,
-    begin,
-    end,
-    query_row,
-    query_column,
-    key_row,
-    key_column,
-    D: gl.constexpr,
-):
+def _copy_keys(query, key, queries, query_full, key_ring, entries, begin, end, query_at, key_at, D: gl.constexpr):
     """Fetches the queries, then keys. Values have a warp of their own, as a half that waits for keys frees none."""
-    copy_queries(query, queries, query_full, query_row, query_column)
-    copy_units(key, keys, key_full, key_empty, entries, begin, end, key_row, key_column, D)
+    copy_queries(query, queries, query_full, query_at)
+    copy_units(key, key_ring, entries, begin, end, key_at, D)
+
+
+@gluon.jit
+def _ring_of(query, D: gl.constexpr):
+    """Shared memory of a ring, and barriers that tell a stage is full (by its copy), and empty (by both halves)."""
+    rooms = gl.allocate_shared_memory(query.dtype, [STAGES, 128, D], query.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    return rooms, full, empty
 
 
 @gluon.jit
@@ -274,60 +263,39 @@ def forward_kernel(
     at = segments + (gl.where(is_text, 0, num_text_segments) + nth % length) * SEGMENT
     lane = nth // length
     batch, head = lane // num_heads, lane % num_heads
-    begin, masked, shared, end, place = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4)
-    start, top, left = gl.load(at + 5), gl.load(at + 6), gl.load(at + 7)
-    height, width = gl.load(at + 8), gl.load(at + 9)
+    begin, masked, shared, end = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
+    place, start = gl.load(at + 4), gl.load(at + 5)
+    own = (gl.load(at + 6), gl.load(at + 7), gl.load(at + 8), gl.load(at + 9))
 
     queries = gl.allocate_shared_memory(query.dtype, [2, 64, D], query.layout)
-    keys = gl.allocate_shared_memory(key.dtype, [STAGES, 128, D], query.layout)
-    values = gl.allocate_shared_memory(value.dtype, [STAGES, 128, D], query.layout)
     query_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(query_full, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(value_full.index(i), count=1)
-        mbarrier.init(key_empty.index(i), count=2)
-        mbarrier.init(value_empty.index(i), count=2)
+    key_ring, value_ring = _ring_of(query, D), _ring_of(query, D)
     fence_async_shared()
 
-    output_row = batch * output_batch + head * output_head
+    results, bounds = (output, lse, partial_output, partial_lse), (begin, masked, shared, end)
+    query_at = (batch * query_batch + head * query_head + start, head * query_channel)
+    key_at = (batch * key_batch + head * key_head, head * key_channel)
+    value_at = (batch * value_batch + head * value_head, head * value_channel)
+    row, column = batch * output_batch + head * output_head, head * output_channel
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    0, output, lse, partial_output, partial_lse, queries, keys, values, query_full, key_full, key_empty,
-                    value_full, value_empty, entries, begin, masked, shared, end, place, start, top, left, height,
-                    width, lane, lanes, num_tokens, output_row, head * output_channel, window, scale, REGION, D,
+                    0, results, queries, query_full, key_ring, value_ring, entries, bounds, own, place, start, lane,
+                    lanes, num_tokens, row, column, window, scale, REGION, D,
                 ),
             ),
             (
                 _consume,
                 (
-                    1, output, lse, partial_output, partial_lse, queries, keys, values, query_full, key_full, key_empty,
-                    value_full, value_empty, entries, begin, masked, shared, end, place, start, top, left, height,
-                    width, lane, lanes, num_tokens, output_row, head * output_channel, window, scale, REGION, D,
+                    1, results, queries, query_full, key_ring, value_ring, entries, bounds, own, place, start, lane,
+                    lanes, num_tokens, row, column, window, scale, REGION, D,
                 ),
             ),
-            (
-                _copy_keys,
-                (
-                    query, key, queries, keys, query_full, key_full, key_empty, entries, begin, end,
-                    batch * query_batch + head * query_head + start, head * query_channel,
-                    batch * key_batch + head * key_head, head * key_channel, D,
-                ),
-            ),
-            (
-                copy_units,
-                (
-                    value, values, value_full, value_empty, entries, begin, end,
-                    batch * value_batch + head * value_head, head * value_channel, D,
-                ),
-            ),
+            (_copy_keys, (query, key, queries, query_full, key_ring, entries, begin, end, query_at, key_at, D)),
+            (copy_units, (value, value_ring, entries, begin, end, value_at, D)),
         ],
         worker_num_warps=[4, 1, 1],
         worker_num_regs=[224, 56, 56],
