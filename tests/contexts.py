@@ -6,7 +6,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor
 
-from linearize.backbones.flux_student import rotary_angles
+from linearize.backbones.flux_site import rotary_angles
 from linearize.layout import Layout
 from linearize.mixers import AttentionShape, MixerContext
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import linearize
 from linearize.backbones import find_backbone
-from linearize.backbones.flux_student import LinearFluxAttention, rotary_angles
+from linearize.backbones.flux_site import LinearFluxAttention, rotary_angles
 from linearize.errors import LinearizeError
 from linearize.layout import TILE, Grid, Layout
 from linearize.mixers import Mixer

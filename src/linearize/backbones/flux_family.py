@@ -9,7 +9,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from linearize.backbones.base import Backbone
-from linearize.backbones.flux_student import LinearFluxTransformer2DModel, flux_sites, shape_of
+from linearize.backbones.flux_site import shape_of
+from linearize.backbones.flux_student import LinearFluxTransformer2DModel, flux_sites
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
 from linearize.mixers import AttentionShape
