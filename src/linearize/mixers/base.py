@@ -115,9 +115,6 @@ class Mixer(nn.Module):
             LinearizeError: It cannot; the message names what works.
         """
 
-    def initialize_from_teacher(self, attention: nn.Module) -> None:
-        """Sets parameters from the teacher's attention layer, so that training starts near it; by default nothing."""
-
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, context: MixerContext) -> None:
         """Sets parameters from one batch of the teacher's query, key and value; by default nothing.
 
