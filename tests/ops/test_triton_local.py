@@ -12,8 +12,8 @@ import torch
 from linearize.errors import LinearizeError
 from linearize.layout import TILE, Grid
 from linearize.ops.local_attention import local_attention
-from linearize.ops.triton_local import _attention, _attention_backward, refusal
-from ops.triton_parity import CASES, parity
+from linearize.ops.triton_local import refusal
+from ops.triton_parity import CASES, check_operators, parity
 
 # The interpreter needs no GPU; where there is one, the kernels themselves are tested.
 interpreter = pytest.mark.skipif(
@@ -50,14 +50,7 @@ def test_kernels_on_a_gpu_are_as_exact_as_their_dtype(name, head_dim, dtype):
 
 @pytest.mark.gpu
 def test_operators_satisfy_torchs_own_checks():
-    states = [torch.randn(1, 210, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
-    states = [tensor.requires_grad_() for tensor in states]
-    rest = (82, True, [8, 16], "disc", 4, 0.125)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_attention, (*states, *rest), test_utils=checks)
-    output, lse = _attention(*states, *rest)
-    detached = [tensor.detach() for tensor in (output, lse, *states, output, lse)]
-    torch.library.opcheck(_attention_backward, (*detached, *rest), test_utils=("test_schema", "test_faketensor"))
+    check_operators("cuda", torch.bfloat16, 64)
 
 
 @pytest.mark.gpu

@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/ops/triton_parity.py
 
-Prints one line for each case: name, then the relative errors of output, logarithmic mass and the gradients of
-query, key and value.
+Checks the operators, and prints one line for each case: name, then the relative errors of output, logarithmic mass and
+the gradients of query, key and value.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from linearize.layout import TILE, Grid, Layout
 from linearize.ops import block_tables
 from linearize.ops.naive import dense_sight
 from linearize.ops.regions import REGIONS, Region
-from linearize.ops.triton_local import triton_attention_with_mass
+from linearize.ops.triton_local import _attention, _attention_backward, triton_attention_with_mass
 
 # grids, text tokens, text first, order, region, window; ragged and whole tiles, none and several images
 CASES = {
@@ -59,6 +59,18 @@ def parity(name: str, *, heads: int, head_dim: int, dtype: torch.dtype, device: 
     return [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
 
 
+def check_operators(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Asks PyTorch's own checks: schemas, fake kernels, gradients, and graphs that compilers trace."""
+    states = [torch.randn(1, 133, 1, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
+    rest = (5, True, [16, 8], "disc", 4, 0.125)
+    torch.library.opcheck(_attention, (*(tensor.requires_grad_() for tensor in states), *rest))
+    with torch.no_grad():
+        output, lse = _attention(*states, *rest)
+    saved = [*(tensor.detach() for tensor in states), output, lse]
+    for of_lse in (lse, None):
+        torch.library.opcheck(_attention_backward, (output, of_lse, *saved, *rest))
+
+
 def interpreted() -> Iterator[tuple[str, list[float]]]:
     """Every case on the CPU, and text's lists in parts."""
     for name in CASES:
@@ -68,5 +80,6 @@ def interpreted() -> Iterator[tuple[str, list[float]]]:
 
 
 if __name__ == "__main__":
+    check_operators("cpu", torch.float32, 16)
     for case, errors in interpreted():
         print(case, *errors, sep="\t")

@@ -42,7 +42,6 @@ class BlockTables:
     whole: bool
 
 
-@torch.compiler.disable
 @lru_cache(maxsize=64)
 def block_tables(
     layout: Layout,

@@ -34,10 +34,8 @@ def serves(layout: Layout, region: str, head_dim: int, device: torch.device) -> 
     return _works(device, head_dim, region)
 
 
-def planes_for(tensors: Sequence[Tensor], layout: Layout, region: str) -> list[Plane] | None:
-    """Tensors [batch, heads, tokens, head_dim] as the kernel reads them, or None where it cannot compute a call."""
-    if not serves(layout, region, tensors[0].shape[-1], tensors[0].device):
-        return None
+def planes_for(tensors: Sequence[Tensor]) -> list[Plane] | None:
+    """Tensors [batch, heads, tokens, head_dim] as the kernel reads them, or None where it cannot."""
     planes = [_plane(states) for states in tensors]
     found = [plane for plane in planes if plane is not None]
     return found if len(found) == len(planes) else None
@@ -63,9 +61,10 @@ def _fault(device: torch.device, head_dim: int, region: str) -> str | None:
     query, key, value = torch.randn(shape, generator=generator, device=device).bfloat16()
     output, lse, empty = torch.empty_like(query), query.new_empty(query.shape[:3]).float(), query.new_empty(0).float()
     tables, scale = pair_tables(layout, rule, device), head_dim**-0.5
-    planes = [plane for plane in map(_plane, (query, key, value, output)) if plane is not None]
+    planes = planes_for((query, key, value, output)) or []
     try:
-        launch_forward(planes, lse, empty, empty, tables, region, _PROBE_WINDOW, scale * math.log2(math.e))
+        with torch.cuda.device_of(query):
+            launch_forward(planes, lse, empty, empty, tables, region, _PROBE_WINDOW, scale * math.log2(math.e))
     # Which errors another version of the compiler raises is not known.
     except Exception as error:
         return f"it does not run with this triton ({type(error).__name__})"
@@ -83,7 +82,7 @@ def launch_forward(
     window: int,
     scale: float,
 ) -> None:
-    """See `gluon_kernels.forward_kernel`.
+    """See `gluon_kernels.forward_kernel`; on the current GPU, which is the tensors'.
 
     Planes are those of query, key, value and output, and `scale` is for powers of 2.
     """
@@ -91,29 +90,28 @@ def launch_forward(
 
     batch, num_heads, num_tokens, head_dim = planes[0].states.shape
     lanes, num_segments = batch * num_heads, len(tables.segments)
-    with torch.cuda.device_of(lse):
-        forward_kernel[(num_segments * lanes,)](
-            planes[0].descriptor(head_dim),
-            planes[1].descriptor(_SWIZZLED),
-            planes[2].descriptor(_SWIZZLED),
-            planes[3].descriptor(head_dim),
-            lse,
-            partial,
-            partial_lse,
-            tables.segments,
-            tables.entries,
-            *(step for plane in planes for step in (plane.batch, plane.head, plane.channel)),
-            num_heads,
-            num_tokens,
-            tables.num_text_segments,
-            num_segments,
-            lanes,
-            window,
-            scale,
-            REGION=region,
-            D=head_dim,
-            num_warps=4,
-        )
+    forward_kernel[(num_segments * lanes,)](
+        planes[0].descriptor(head_dim),
+        planes[1].descriptor(_SWIZZLED),
+        planes[2].descriptor(_SWIZZLED),
+        planes[3].descriptor(head_dim),
+        lse,
+        partial,
+        partial_lse,
+        tables.segments,
+        tables.entries,
+        *(step for plane in planes for step in (plane.batch, plane.head, plane.channel)),
+        num_heads,
+        num_tokens,
+        tables.num_text_segments,
+        num_segments,
+        lanes,
+        window,
+        scale,
+        REGION=region,
+        D=head_dim,
+        num_warps=4,
+    )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ class PairTables:
     num_splits: int
 
 
-@torch.compiler.disable
 @lru_cache(maxsize=64)
 def pair_tables(layout: Layout, region: Region, device: torch.device, *, share: float = 1.0) -> PairTables:
     """Lists for every block of queries.

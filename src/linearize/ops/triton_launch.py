@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.block_tables import BLOCK, BlockTables, block_tables
+from linearize.ops.hopper_local import serves
 from linearize.ops.hopper_tables import PairTables, pair_tables
 from linearize.ops.regions import REGIONS
 
@@ -26,19 +27,28 @@ class Tiling:
     num_stages: int
 
 
-class Call:
-    """One call of the operators: its layout, tables and launches."""
+class Plan:
+    """What calls of one shape and layout have in common: tables, sizes and launches."""
 
     def __init__(
-        self, query: Tensor, num_text_tokens: int, text_first: bool, grids: Sequence[int], region: str, window: int
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        num_text_tokens: int,
+        text_first: bool,
+        grids: tuple[int, ...],
+        region: str,
+        window: int,
     ) -> None:
         sides = zip(grids[::2], grids[1::2], strict=True)
         self.layout = Layout(num_text_tokens, tuple(Grid(*pair) for pair in sides), text_first, TILE)
         self.region, self.name = REGIONS[region](window), region
-        self.batch, self.num_heads, self.num_tokens, self.head_dim = query.shape
+        self.batch, self.num_heads, self.num_tokens, self.head_dim = shape
         self.lanes = self.batch * self.num_heads
-        self.device = query.device
-        self.share = self.lanes / _num_processors(self.device)
+        self.device = device
+        self.share = self.lanes / _num_processors(device)
+        self.on_hopper = serves(self.layout, region, self.head_dim, device)
+        self.empty = torch.empty(0, dtype=torch.float32, device=device)
 
     def tables(self, size: int, other_size: int, transposed: bool = False) -> BlockTables:
         """Lists for units of `size` tokens."""
@@ -58,9 +68,10 @@ class Call:
 
     def partials(self, tables: BlockTables | PairTables, size: int, channels: int | None = None) -> Tensor:
         """Room for results of segments: [segments, lanes, size, channels], empty where no list is cut."""
-        num_partials = tables.num_text_segments if tables.num_splits > 1 else 0
-        shape = (num_partials, self.lanes, size, self.head_dim if channels is None else channels)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+        if tables.num_splits == 1:
+            return self.empty
+        shape = (tables.num_text_segments, self.lanes, size, self.head_dim if channels is None else channels)
+        return self.empty.new_empty(shape)
 
     def forward_partials(self, tables: BlockTables | PairTables) -> tuple[Tensor, Tensor]:
         """Room for outputs and log-sum-exps of parts of lists."""
@@ -80,10 +91,9 @@ class Call:
         delta = torch.empty(output.shape[:3], dtype=torch.float32, device=self.device)
         size = 64
         strides = (*output.stride()[:3], *gradient.stride()[:3])
-        with torch.cuda.device_of(delta):
-            kernel[-(-self.num_tokens // size), self.lanes](
-                output, gradient, delta, *strides, self.num_heads, self.num_tokens, D=self.head_dim, M=size
-            )
+        kernel[-(-self.num_tokens // size), self.lanes](
+            output, gradient, delta, *strides, self.num_heads, self.num_tokens, D=self.head_dim, M=size
+        )
         return delta
 
     def launch(
@@ -95,28 +105,29 @@ class Call:
         strided: Sequence[Tensor],
         scales: Sequence[float],
     ) -> None:
-        """Starts a program for every segment and lane."""
+        """Starts a program for every segment and lane, on the current GPU, which is the tensors'."""
         num_segments = len(tables.segments)
         sizes = (self.num_heads, self.num_tokens, tables.num_text_segments, num_segments, self.lanes)
-        # Triton starts kernels on the current GPU, which need not be the tensors'.
-        with torch.cuda.device_of(tensors[0]):
-            kernel[(num_segments * self.lanes,)](
-                *tensors,
-                tables.blocks,
-                tables.segments,
-                tables.entries,
-                *(step for tensor in strided for step in tensor.stride()[:3]),
-                *sizes,
-                self.region.window,
-                *scales,
-                REGION=self.name,
-                WHOLE=tables.whole,
-                D=self.head_dim,
-                M=tiling.queries,
-                N=tiling.keys,
-                num_warps=tiling.num_warps,
-                num_stages=tiling.num_stages,
-            )
+        kernel[(num_segments * self.lanes,)](
+            *tensors,
+            tables.blocks,
+            tables.segments,
+            tables.entries,
+            *(step for tensor in strided for step in tensor.stride()[:3]),
+            *sizes,
+            self.region.window,
+            *scales,
+            REGION=self.name,
+            WHOLE=tables.whole,
+            D=self.head_dim,
+            M=tiling.queries,
+            N=tiling.keys,
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+        )
+
+
+plan_for = lru_cache(maxsize=64)(Plan)
 
 
 def split_lists(partial: Tensor, tables: BlockTables | PairTables) -> Tensor:
@@ -139,7 +150,8 @@ def with_near_channels(states: Tensor) -> Tensor:
 
 def empty_token_major(states: Tensor) -> Tensor:
     """An empty tensor of this shape, token-major in memory."""
-    return torch.empty_like(states.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    batch, num_heads, num_tokens, head_dim = states.shape
+    return states.new_empty((batch, num_tokens, num_heads, head_dim)).transpose(1, 2)
 
 
 @lru_cache(maxsize=16)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.function import once_differentiable
 
 from linearize.layout import TILE, Layout
 from linearize.ops.block_tables import BLOCK, BlockTables
@@ -18,10 +20,10 @@ from linearize.ops.hopper_local import launch_forward, planes_for
 from linearize.ops.hopper_tables import PairTables
 from linearize.ops.regions import REGIONS, Region
 from linearize.ops.triton_launch import (
-    Call,
     Tiling,
     empty_token_major,
     merge_parts,
+    plan_for,
     split_lists,
     with_near_channels,
 )
@@ -55,13 +57,21 @@ def triton_attention(
     Returns:
         [batch, heads, tokens, head_dim], token-major in memory, as projections read it.
     """
-    return triton_attention_with_mass(query, key, value, layout=layout, region=region, scale=scale)[0]
+    return _in_tiles(query, key, value, layout, region, scale)[0]
 
 
 def triton_attention_with_mass(
     query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, region: Region, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`triton_attention`, and log sum_j exp(s_ij), [batch, heads, tokens, 1] in float32; both are differentiable."""
+    output, lse = _in_tiles(query, key, value, layout, region, scale)
+    return output, lse[..., None] / _LOG2E
+
+
+def _in_tiles(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, region: Region, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Results of the operator in the order of the layout."""
     key, value = match_heads(key, query), match_heads(value, query)
     if layout.tile != TILE:
         index = layout.index_to(TILE, query.device)
@@ -74,7 +84,7 @@ def triton_attention_with_mass(
     if layout.tile != TILE:
         index = layout.with_tile(TILE).index_to(layout.tile, query.device)
         output, lse = output.index_select(2, index), lse.index_select(2, index)
-    return output, lse[..., None] / _LOG2E
+    return output, lse
 
 
 def refusal(query: Tensor, *, key_mask: Tensor | None = None, num_pooled: int = 0, **_: object) -> str | None:
@@ -94,8 +104,7 @@ def refusal(query: Tensor, *, key_mask: Tensor | None = None, num_pooled: int = 
     return "it takes no pooled keys" if num_pooled else None
 
 
-@torch.library.custom_op("linearize::tile_attention", mutates_args=())
-def _attention(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -107,35 +116,31 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [batch, heads, tokens, head_dim] and log-sum-exp in base 2, [batch, heads, tokens]."""
-    call = Call(query, num_text_tokens, text_first, grids, region, window)
-    query, key, value = (with_near_channels(states) for states in (query, key, value))
-    output, lse = empty_token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    strided = (query, key, value, output)
-    tables: BlockTables | PairTables
-    if planes := planes_for(strided, call.layout, region):
-        tables = pairs = call.pair_tables()
-        results = lse, *call.forward_partials(pairs)
-        launch_forward(planes, *results, pairs, region, window, scale * _LOG2E)
-    else:
-        tables = blocks = call.tables(FORWARD.queries, FORWARD.keys)
-        results = lse, *call.forward_partials(blocks)
-        call.launch(_forward_kernel(), FORWARD, blocks, (*strided, *results), strided, (scale * _LOG2E,))
-    if tables.num_splits > 1:
-        text, text_lse = merge_parts(*(split_lists(partial, tables) for partial in results[1:]))
-        call.put_text(output, text)
-        call.put_text(lse[..., None], text_lse)
+    # Triton starts kernels on the current GPU, which need not be the tensors'.
+    with torch.cuda.device_of(query):
+        plan = plan_for(query.shape, query.device, num_text_tokens, text_first, tuple(grids), region, window)
+        query, key, value = (with_near_channels(states) for states in (query, key, value))
+        output, lse = empty_token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        strided = (query, key, value, output)
+        tables: BlockTables | PairTables
+        if plan.on_hopper and (planes := planes_for(strided)):
+            tables = pairs = plan.pair_tables()
+            results = lse, *plan.forward_partials(pairs)
+            launch_forward(planes, *results, pairs, region, window, scale * _LOG2E)
+        else:
+            tables = blocks = plan.tables(FORWARD.queries, FORWARD.keys)
+            results = lse, *plan.forward_partials(blocks)
+            plan.launch(_forward_kernel(), FORWARD, blocks, (*strided, *results), strided, (scale * _LOG2E,))
+        if tables.num_splits > 1:
+            text, text_lse = merge_parts(*(split_lists(partial, tables) for partial in results[1:]))
+            plan.put_text(output, text)
+            plan.put_text(lse[..., None], text_lse)
     return output, lse
 
 
-@_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("linearize::tile_attention_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     gradient: Tensor,
-    lse_gradient: Tensor,
+    lse_gradient: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -148,51 +153,82 @@ def _attention_backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, from those of output and log-sum-exp."""
-    call = Call(query, num_text_tokens, text_first, grids, region, window)
-    query, key, value, gradient = (with_near_channels(states) for states in (query, key, value, gradient))
-    # The gradient of a score is weight (gradient value^T - delta), and the log-sum-exp's is weight / ln 2.
-    delta = call.delta(_backward_kernels().delta_kernel, output, gradient) - lse_gradient * _LOG2E
-    query_gradient, key_gradient, value_gradient = (empty_token_major(states) for states in (query, key, value))
-    scales = (scale * _LOG2E, scale)
+    """Gradients of query, key and value, from those of output and, where it was of use, log-sum-exp."""
+    with torch.cuda.device_of(query):
+        plan = plan_for(query.shape, query.device, num_text_tokens, text_first, tuple(grids), region, window)
+        query, key, value, gradient = (with_near_channels(states) for states in (query, key, value, gradient))
+        # The gradient of a score is weight (gradient value^T - delta), and the log-sum-exp's is weight / ln 2.
+        delta = plan.delta(_backward_kernels().delta_kernel, output, gradient)
+        if lse_gradient is not None:
+            delta = delta.sub_(lse_gradient, alpha=_LOG2E)
+        query_gradient, key_gradient, value_gradient = (empty_token_major(states) for states in (query, key, value))
+        scales = (scale * _LOG2E, scale)
 
-    tables = call.tables(QUERY_GRADIENT.queries, QUERY_GRADIENT.keys)
-    partial = call.partials(tables, QUERY_GRADIENT.queries)
-    given = (query, key, value, gradient, lse, delta)
-    strided = (query, key, value, gradient, query_gradient)
-    kernel = _backward_kernels().query_gradient_kernel
-    call.launch(kernel, QUERY_GRADIENT, tables, (*given, query_gradient, partial), strided, scales)
-    if tables.num_splits > 1:
-        call.put_text(query_gradient, split_lists(partial, tables).sum(dim=1))
+        tables = plan.tables(QUERY_GRADIENT.queries, QUERY_GRADIENT.keys)
+        partial = plan.partials(tables, QUERY_GRADIENT.queries)
+        given = (query, key, value, gradient, lse, delta)
+        strided = (query, key, value, gradient, query_gradient)
+        kernel = _backward_kernels().query_gradient_kernel
+        plan.launch(kernel, QUERY_GRADIENT, tables, (*given, query_gradient, partial), strided, scales)
+        if tables.num_splits > 1:
+            plan.put_text(query_gradient, split_lists(partial, tables).sum(dim=1))
 
-    tables = call.tables(KEY_GRADIENT.keys, KEY_GRADIENT.queries, transposed=True)
-    partials = [call.partials(tables, KEY_GRADIENT.keys) for _ in range(2)]
-    strided = (query, key, value, gradient, key_gradient)
-    kernel = _backward_kernels().key_gradient_kernel
-    call.launch(kernel, KEY_GRADIENT, tables, (*given, key_gradient, value_gradient, *partials), strided, scales)
-    if tables.num_splits > 1:
-        for result, partial in zip((key_gradient, value_gradient), partials, strict=True):
-            call.put_text(result, split_lists(partial, tables).sum(dim=1))
+        tables = plan.tables(KEY_GRADIENT.keys, KEY_GRADIENT.queries, transposed=True)
+        partials = [plan.partials(tables, KEY_GRADIENT.keys) for _ in range(2)]
+        strided = (query, key, value, gradient, key_gradient)
+        kernel = _backward_kernels().key_gradient_kernel
+        plan.launch(kernel, KEY_GRADIENT, tables, (*given, key_gradient, value_gradient, *partials), strided, scales)
+        if tables.num_splits > 1:
+            for result, partial in zip((key_gradient, value_gradient), partials, strict=True):
+                plan.put_text(result, split_lists(partial, tables).sum(dim=1))
     return query_gradient, key_gradient, value_gradient
 
 
-@_attention_backward.register_fake
-def _(
-    gradient: Tensor, lse_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_token_major(query), empty_token_major(key), empty_token_major(value)
+class _Differentiable(torch.autograd.Function):
+    """The operator with its gradient; a result of no use has none, which is not filled with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output, lse = _attention(query, key, value, *rest)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.set_materialize_grads(False)
+        ctx.rest = rest
+        return output, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, lse_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        gradient = torch.zeros_like(output) if gradient is None else gradient
+        gradients = _attention_backward(gradient, lse_gradient, query, key, value, output, lse, *ctx.rest)
+        return *gradients, *(None for _ in ctx.rest)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *ctx.rest = inputs
-    ctx.save_for_backward(query, key, value, *output)
+_LIBRARY = torch.library.Library("linearize", "FRAGMENT")
 
 
-def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(*gradients, *ctx.saved_tensors, *ctx.rest), *(None for _ in ctx.rest)
+def _operator(name: str, function: Callable[..., Any]) -> OpOverload:
+    """An operator, for a call of which `torch.library.custom_op` would take three times as long."""
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
+    return cast(OpOverload, getattr(torch.ops.linearize, name).default)
 
 
-_attention.register_autograd(_backward, setup_context=_save)
+_attention = _operator("tile_attention", _forward)
+_attention_backward = _operator("tile_attention_backward", _backward)
+_LIBRARY.impl("tile_attention", _Differentiable.apply, "Autograd")
+
+
+@torch.library.register_fake("linearize::tile_attention", lib=_LIBRARY)
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("linearize::tile_attention_backward", lib=_LIBRARY)
+def _(gradient: Tensor, lse_gradient: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(empty_token_major(states) for states in inputs[:3])
 
 
 # These import triton, which only machines with a GPU have.
