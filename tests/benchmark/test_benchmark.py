@@ -47,8 +47,18 @@ def test_rows_compare_with_dense_attention_of_the_same_size_and_pass(sizes):
     for row in rows:
         assert 0 < row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
         assert row["ratio_to_dense"] == dense[row["side"], row["pass"]] / row["median_seconds"]
+        assert row["graphed"] is False
     visited = {row["kernel"]: row["visited_over_exact"] for row in rows if row["side"] == 12 and row["window"] == 2}
     assert visited["naive"] > visited["halo"] >= 1
+
+
+@pytest.mark.gpu
+def test_both_passes_are_timed_on_a_gpu_by_replaying_their_graph():
+    sizes = LayerSizes(2, 64, 128, 1, torch.bfloat16, torch.device("cuda"), warmup=1, repeats=3)
+    axes = {"sides": [32], "windows": [4], "backends": ["triton"], "passes": ["forward", "forward_backward"]}
+    forward, both = (row for row in attention_rows(sizes, **axes) if row["kernel"] == "triton")
+    assert forward["graphed"] and both["graphed"]
+    assert 0 < forward["peak_memory_gib"] < both["peak_memory_gib"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -220,9 +220,8 @@ def _time(sizes: LayerSizes, call: Callable[..., Tensor], states: tuple[Tensor, 
     def forward_backward() -> None:
         torch.autograd.grad(call(*states), states, gradient)
 
-    if kind == "forward":
-        return measured_or_reason(forward, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats, graphed=True)
-    return measured_or_reason(forward_backward, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats)
+    timed = {"forward": forward, "forward_backward": forward_backward}[kind]
+    return measured_or_reason(timed, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats, graphed=True)
 
 
 def _ratio(dense_seconds: float | None, row: dict[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,8 @@ def _sampling(teacher: Teacher, student: nn.Module, settings: ModelSettings, siz
 def _ready(teacher: Teacher, student: nn.Module, settings: ModelSettings) -> None:
     """As a student is sampled: in the teacher's dtype, compiled."""
     transformer = teacher.pipeline.transformer
-    student.to(transformer.dtype).eval()
+    # diffusers' own `to` warns of modules to keep in float32 even where a model names none.
+    nn.Module.to(student, transformer.dtype).eval()
     compile_blocks(student, compile_backend(settings.compile, transformer.device))
 
 

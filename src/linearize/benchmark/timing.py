@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from linearize.costs import GIB
 
 # Seconds of timed calls that are enough for a median.
 PATIENCE = 60.0
+# As many as PyTorch's notes make, which let libraries set up what a capture forbids.
+_CALLS_BEFORE_CAPTURE = 3
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Timing:
         min_seconds: The fastest.
         max_seconds: The slowest.
         repeats: How many were timed.
-        peak_memory_gib: Peak GPU memory of the timed calls; None on a CPU.
+        peak_memory_gib: Peak GPU memory of the calls; None on a CPU.
+        graphed: Whether replays of a CUDA graph were timed: the GPU's work alone.
     """
 
     median_seconds: float
@@ -31,6 +35,7 @@ class Timing:
     max_seconds: float
     repeats: int
     peak_memory_gib: float | None
+    graphed: bool
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name."""
@@ -54,24 +59,23 @@ def measure(
         warmup: Calls before the clock starts.
         repeats: Calls that are timed, one by one.
         patience: Seconds after which no more calls are begun; one is timed in any case.
-        graphed: On a GPU, time replays of a CUDA graph of the call: the GPU's work without its launching, which a short
-            call alone does not hide and a model does.
+        graphed: On a GPU, time replays of a CUDA graph of the call, where one can be captured: the GPU's work without
+            its launching, which a short call alone does not hide and a model does.
     """
     for _ in range(warmup):
         call()
     on_gpu = device.type == "cuda"
-    if graphed and on_gpu:
-        call = _captured(call)
-        call()
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+    replay = _captured(call, device) if graphed and on_gpu else None
+    timed = replay or call
     clock = _gpu_seconds if on_gpu else _cpu_seconds
-    seconds = [clock(call)]
+    seconds = [clock(timed)]
     while len(seconds) < repeats and sum(seconds) < patience:
-        seconds.append(clock(call))
+        seconds.append(clock(timed))
     peak = torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None
-    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak)
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak, replay is not None)
 
 
 def measured_or_reason(
@@ -92,12 +96,28 @@ def measured_or_reason(
     return {"error": f"out of memory: it needs more than this GPU's {total:.0f} GiB; choose a smaller size or batch"}
 
 
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """Replays of the call, which has been made before; what it returns is overwritten by the next."""
-    torch.cuda.synchronize()
+def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """Replays of the call, or None where it cannot be captured; what it returns is overwritten by the next replay.
+
+    As PyTorch's notes on CUDA graphs capture a whole network: after calls on a stream that is not the default one.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    # A capture that fails may leave its stream the current one, which this block undoes.
+    with torch.cuda.stream(stream):
+        for _ in range(_CALLS_BEFORE_CAPTURE):
+            call()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                call()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"a call is timed with its launches, as no CUDA graph holds it: {reason}", stacklevel=4)
+            return None
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph.replay()
+    torch.cuda.synchronize(device)
     return graph.replay
 
 
