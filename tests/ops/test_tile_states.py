@@ -8,7 +8,8 @@ from linearize.ops import tile_states
 from linearize.ops.dense_attention import dense_attention
 from linearize.ops.disc import coordinates
 from linearize.ops.linear_attention import LinearPart, dense_join, join
-from linearize.ops.tile_states import SIDE, states_of_far_tiles, tile_tables, window_flops, window_with_complement
+from linearize.ops.tile_states import states_of_far_tiles, window_flops, window_with_complement
+from linearize.ops.tile_tables import SIDE, tile_tables
 
 
 def tokens(layout, dtype=torch.float64, channels=6):
