@@ -150,8 +150,7 @@ def with_near_channels(states: Tensor) -> Tensor:
 
 def empty_token_major(states: Tensor) -> Tensor:
     """An empty tensor of this shape, token-major in memory."""
-    batch, num_heads, num_tokens, head_dim = states.shape
-    return states.new_empty((batch, num_tokens, num_heads, head_dim)).transpose(1, 2)
+    return torch.empty_permuted(states.shape, (0, 2, 1, 3), dtype=states.dtype, device=states.device)
 
 
 @lru_cache(maxsize=16)
