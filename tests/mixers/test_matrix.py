@@ -183,6 +183,17 @@ def test_the_order_of_image_tokens_does_not_change_the_result(name, knobs):
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", mixer_names())
+def test_a_default_device_of_the_caller_changes_nothing(name):
+    # A grid that no other test has: tables are built here.
+    mixer = randomized(name, {})
+    layout = in_order_of(mixer, Layout(2, (Grid(8, 23),)))
+    inputs, context = random_tokens(layout), flux_context(layout)
+    with torch.device("meta"):
+        found = mixer(*inputs, context)
+    torch.testing.assert_close(found, mixer.reference(*inputs, context), rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", [name for name in mixer_names() if mixer_class(name).is_softmax_when_covered])
 @pytest.mark.parametrize("num_text_tokens", [0, 4])
 def test_a_window_over_everything_is_the_teacher(name, num_text_tokens):

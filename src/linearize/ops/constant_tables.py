@@ -22,13 +22,14 @@ def layout_table(
     """A decorator for functions (layout, ...) -> table that run outside compilers and inference mode.
 
     A compiled region specializes to the table; another grid or further argument compiles again. What sampling needed
-    first, and a cache may keep, is used for training later, hence no inference mode. Tables are not to be written to.
+    first, and a cache may keep, is used for training later, hence no inference mode. Tables are built on the CPU,
+    whatever the default device, and lie where `build` puts them. They are not to be written to.
     """
 
     # A compiler hands over plain numbers and classes, but no objects that came to be while it traced.
     @torch.compiler.assume_constant_result
     def from_numbers(numbers: Numbers, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Table:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.device("cpu"):
             return build(Layout.from_numbers(numbers), *args, **kwargs)
 
     @wraps(build)

@@ -71,7 +71,7 @@ class _Surroundings:
 
     def sight(self, region: Region, grids: tuple[Grid, ...]) -> tuple[list[Tensor], Tensor]:
         """The keys that some query sees, per grid [keys, 2] from the first query, and who sees whom [queries, keys]."""
-        corner = torch.tensor(self.corner)
+        corner = torch.tensor(self.corner, device="cpu")
         queries = Places.of((corner + self.queries())[:, None], grids[self.grid])
         keys, sees = [], []
         for key_grid, reach in zip(grids, self.reach, strict=True):
@@ -100,7 +100,7 @@ def _group_tiles(grids: tuple[Grid, ...], region: Region) -> dict[_Surroundings,
                 reach = tuple((*row, *column) for row, column in zip(rows, columns, strict=True))
                 group = _Surroundings(number, bottom - top, right - left, reach, corner=(top, left))
                 groups[group].append((top, left))
-    return {group: torch.tensor(corners) for group, corners in groups.items()}
+    return {group: torch.tensor(corners, device="cpu") for group, corners in groups.items()}
 
 
 def _reach(region: Region, start: int, stop: int, axis: int, num_keys: int) -> tuple[int, int]:
@@ -130,7 +130,8 @@ def halo_tables(
 ) -> HaloTables:
     """The tables of a layout, built once.
 
-    They are made outside inference mode: what sampling needed first is used for training later.
+    They are made outside inference mode: what sampling needed first is used for training later. Whatever the default
+    device, they are built on the CPU.
 
     Args:
         layout: Text tokens, grids and order.
@@ -140,7 +141,7 @@ def halo_tables(
         device: Where they are.
     """
     limit = CPU_KEYS_PER_CALL if device.type == "cpu" else KEYS_PER_CALL
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         batches = [
             batch
             for group, corners in _group_tiles(layout.grids, region).items()

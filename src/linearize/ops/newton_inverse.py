@@ -61,7 +61,7 @@ class _NewtonInverse(torch.autograd.Function):
         wide = matrix.double()
         inverse = newton_iterate(wide, num_newton_iterations(least_eigenvalue, size + least_eigenvalue))
         if wide.device.type == "cpu" and not torch.compiler.is_compiling():
-            residual = (torch.eye(size, dtype=wide.dtype) - inverse @ wide).abs().amax().item()
+            residual = (torch.eye(size, dtype=wide.dtype, device=wide.device) - inverse @ wide).abs().amax().item()
             if not residual <= LARGEST_RESIDUAL:
                 raise LinearizeError(
                     f"Newton's inverse of the landmarks' kernel has a residual of {residual:.2g}; check that query and "
