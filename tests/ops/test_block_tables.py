@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.block_tables import BLOCK, BlockTables, block_tables
+from linearize.ops.hopper_tables import pair_tables
 from linearize.ops.naive import dense_sight
 from linearize.ops.regions import REGIONS
 
@@ -81,3 +82,10 @@ def test_tiles_touch_few_more_pairs_than_the_disc_holds(window, share):
     tables = block_tables(layout, REGIONS["disc"](window), torch.device("cpu"), size=128, other_size=128)
     inside = sum(1 for y in range(-window, window + 1) for x in range(-window, window + 1) if y * y + x * x < window**2)
     assert inside * layout.num_tokens / (len(tables.entries) * BLOCK**2) > share - 0.02
+
+
+def test_tables_lie_where_they_are_asked_for_whatever_the_default_device():
+    layout, region, cpu = Layout(128, (Grid(48, 24),), tile=TILE), REGIONS["disc"](7), torch.device("cpu")
+    with torch.device("meta"):
+        tables = [block_tables(layout, region, cpu, size=128, other_size=64), pair_tables(layout, region, cpu)]
+    assert {table.entries.device for table in tables} == {table.segments.device for table in tables} == {cpu}

@@ -114,6 +114,7 @@ def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], 
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             warnings.warn(f"a call is timed with its launches, as no CUDA graph holds it: {reason}", stacklevel=4)
+            torch.cuda.synchronize(device)
             return None
     torch.cuda.current_stream(device).wait_stream(stream)
     graph.replay()

@@ -52,18 +52,18 @@ def pair_tables(layout: Layout, region: Region, device: torch.device, *, share: 
         device: Where the tables go.
         share: Batches x heads for each processor, as in `block_tables`.
     """
-    blocks = blocks_of(layout)
-    units = units_of(blocks, UNIT)
-    places = [*torch.stack([units.start, *units.boxes.first.T], dim=1).tolist(), _NOTHING]
-    entries: list[list[int]] = []
-    lists: list[tuple[int, int, int, int]] = []
-    for seen in _seen(region, units):
-        steps, num_plain, num_shared = _steps(*seen)
-        begin = len(entries)
-        entries.extend([*places[first], *places[second]] for first, second in steps)
-        lists.append((begin, begin + num_plain, begin + num_shared, len(entries)))
-    segments, num_text = _segments(blocks.tolist(), lists, share)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
+        blocks = blocks_of(layout)
+        units = units_of(blocks, UNIT)
+        places = [*torch.stack([units.start, *units.boxes.first.T], dim=1).tolist(), _NOTHING]
+        entries: list[list[int]] = []
+        lists: list[tuple[int, int, int, int]] = []
+        for seen in _seen(region, units):
+            steps, num_plain, num_shared = _steps(*seen)
+            begin = len(entries)
+            entries.extend([*places[first], *places[second]] for first, second in steps)
+            lists.append((begin, begin + num_plain, begin + num_shared, len(entries)))
+        segments, num_text = _segments(blocks.tolist(), lists, share)
         lists_there, entries_there = (torch.tensor(rows, dtype=torch.int32).to(device) for rows in (segments, entries))
     num_splits = max(1, num_text // max(1, layout.num_text_tokens // BLOCK))
     return PairTables(lists_there, entries_there, num_text, num_splits)

@@ -48,7 +48,8 @@ class Plan:
         self.device = device
         self.share = self.lanes / _num_processors(device)
         self.on_hopper = serves(self.layout, region, self.head_dim, device)
-        self.empty = torch.empty(0, dtype=torch.float32, device=device)
+        with torch.inference_mode(False):
+            self.empty = torch.empty(0, dtype=torch.float32, device=device)
 
     def tables(self, size: int, other_size: int, transposed: bool = False) -> BlockTables:
         """Lists for units of `size` tokens."""
