@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.layout import TILE, Layout, tile_spans
+from linearize.ops.constant_tables import constant_table
 from linearize.ops.regions import Boxes, Region
 
 BLOCK = TILE[0] * TILE[1]
@@ -43,6 +44,7 @@ class BlockTables:
 
 
 @lru_cache(maxsize=64)
+@constant_table
 def block_tables(
     layout: Layout,
     region: Region,
@@ -64,26 +66,23 @@ def block_tables(
         transposed: Lists of queries for units of keys, in the place of lists of keys for units of queries.
         share: Batches x heads for each processor. A list of text is cut where it would outlast half of all the work.
     """
-    with torch.inference_mode(False), torch.device("cpu"):
-        blocks = blocks_of(layout)
-        rows, columns = units_of(blocks, size), units_of(blocks, other_size)
-        queries, keys = (columns, rows) if transposed else (rows, columns)
-        touches, covers = sight(region, queries, keys)
-        if transposed:
-            touches, covers = touches.T, covers.T
-        plain = covers & columns.whole & touches
-        # A stable sort by class: plain entries, then masked ones, each in the order of the tokens.
-        kind = torch.where(plain, 0, torch.where(touches, 1, 2)).to(torch.int8)
-        order = kind.argsort(dim=1, stable=True)
-        num_plain, num_entries = plain.sum(dim=1), touches.sum(dim=1)
-        listed = torch.arange(len(columns.index)) < num_entries[:, None]
-        found = order[listed]
-        entries = torch.stack([columns.index[found], columns.start[found], *columns.boxes.first[found].T], 1)
-        segments, num_text = _segments(rows, num_plain, num_entries, share)
-        num_splits = num_text // max(1, int((~rows.image).sum()))
-        blocks, segments, entries = (
-            table.to(torch.int32).contiguous().to(device) for table in (blocks, segments, entries)
-        )
+    blocks = blocks_of(layout)
+    rows, columns = units_of(blocks, size), units_of(blocks, other_size)
+    queries, keys = (columns, rows) if transposed else (rows, columns)
+    touches, covers = sight(region, queries, keys)
+    if transposed:
+        touches, covers = touches.T, covers.T
+    plain = covers & columns.whole & touches
+    # A stable sort by class: plain entries, then masked ones, each in the order of the tokens.
+    kind = torch.where(plain, 0, torch.where(touches, 1, 2)).to(torch.int8)
+    order = kind.argsort(dim=1, stable=True)
+    num_plain, num_entries = plain.sum(dim=1), touches.sum(dim=1)
+    listed = torch.arange(len(columns.index)) < num_entries[:, None]
+    found = order[listed]
+    entries = torch.stack([columns.index[found], columns.start[found], *columns.boxes.first[found].T], 1)
+    segments, num_text = _segments(rows, num_plain, num_entries, share)
+    num_splits = num_text // max(1, int((~rows.image).sum()))
+    blocks, segments, entries = (table.to(torch.int32).contiguous().to(device) for table in (blocks, segments, entries))
     whole = bool(rows.whole.all() and columns.whole.all())
     return BlockTables(blocks, segments, entries, num_text, max(1, num_splits), whole)
 

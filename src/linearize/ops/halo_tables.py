@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from linearize.layout import Grid, Layout, tile_spans
+from linearize.ops.constant_tables import constant_table
 from linearize.ops.regions import Places, Region
 
 # Gathered keys of one attention call: on a CPU few enough for its cache, elsewhere enough to fill the device.
@@ -125,13 +126,11 @@ def seen_pairs(grid: Grid | tuple[Grid, ...], region: Region) -> int:
 
 
 @lru_cache(maxsize=32)
+@constant_table
 def halo_tables(
     layout: Layout, region: Region, num_pooled: int, dtype: torch.dtype, device: torch.device
 ) -> HaloTables:
     """The tables of a layout, built once.
-
-    They are made outside inference mode: what sampling needed first is used for training later. Whatever the default
-    device, they are built on the CPU.
 
     Args:
         layout: Text tokens, grids and order.
@@ -141,18 +140,17 @@ def halo_tables(
         device: Where they are.
     """
     limit = CPU_KEYS_PER_CALL if device.type == "cpu" else KEYS_PER_CALL
-    with torch.inference_mode(False), torch.device("cpu"):
-        batches = [
-            batch
-            for group, corners in _group_tiles(layout.grids, region).items()
-            for batch in _batches_of(layout, region, group, corners, num_pooled, dtype, limit)
-        ]
-        text = torch.arange(layout.num_tokens)[layout.text_slice]
-        output_index = torch.argsort(torch.cat([text, *(batch.query_index for batch in batches)]))
-        moved = [
-            TileBatch(b.num_tiles, b.query_index.to(device), b.key_index.to(device), b.mask.to(device)) for b in batches
-        ]
-        return HaloTables(tuple(moved), output_index.to(device))
+    batches = [
+        batch
+        for group, corners in _group_tiles(layout.grids, region).items()
+        for batch in _batches_of(layout, region, group, corners, num_pooled, dtype, limit)
+    ]
+    text = torch.arange(layout.num_tokens)[layout.text_slice]
+    output_index = torch.argsort(torch.cat([text, *(batch.query_index for batch in batches)]))
+    moved = [
+        TileBatch(b.num_tiles, b.query_index.to(device), b.key_index.to(device), b.mask.to(device)) for b in batches
+    ]
+    return HaloTables(tuple(moved), output_index.to(device))
 
 
 def _batches_of(

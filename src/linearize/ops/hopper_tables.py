@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linearize.layout import Layout
 from linearize.ops.block_tables import BLOCK, Units, blocks_of, cut_list, sight, units_of
+from linearize.ops.constant_tables import constant_table
 from linearize.ops.regions import Boxes, Region
 
 UNIT = BLOCK // 2
@@ -43,6 +44,7 @@ class PairTables:
 
 
 @lru_cache(maxsize=64)
+@constant_table
 def pair_tables(layout: Layout, region: Region, device: torch.device, *, share: float = 1.0) -> PairTables:
     """Lists for every block of queries.
 
@@ -52,19 +54,18 @@ def pair_tables(layout: Layout, region: Region, device: torch.device, *, share: 
         device: Where the tables go.
         share: Batches x heads for each processor, as in `block_tables`.
     """
-    with torch.inference_mode(False), torch.device("cpu"):
-        blocks = blocks_of(layout)
-        units = units_of(blocks, UNIT)
-        places = [*torch.stack([units.start, *units.boxes.first.T], dim=1).tolist(), _NOTHING]
-        entries: list[list[int]] = []
-        lists: list[tuple[int, int, int, int]] = []
-        for seen in _seen(region, units):
-            steps, num_plain, num_shared = _steps(*seen)
-            begin = len(entries)
-            entries.extend([*places[first], *places[second]] for first, second in steps)
-            lists.append((begin, begin + num_plain, begin + num_shared, len(entries)))
-        segments, num_text = _segments(blocks.tolist(), lists, share)
-        lists_there, entries_there = (torch.tensor(rows, dtype=torch.int32).to(device) for rows in (segments, entries))
+    blocks = blocks_of(layout)
+    units = units_of(blocks, UNIT)
+    places = [*torch.stack([units.start, *units.boxes.first.T], dim=1).tolist(), _NOTHING]
+    entries: list[list[int]] = []
+    lists: list[tuple[int, int, int, int]] = []
+    for seen in _seen(region, units):
+        steps, num_plain, num_shared = _steps(*seen)
+        begin = len(entries)
+        entries.extend([*places[first], *places[second]] for first, second in steps)
+        lists.append((begin, begin + num_plain, begin + num_shared, len(entries)))
+    segments, num_text = _segments(blocks.tolist(), lists, share)
+    lists_there, entries_there = (torch.tensor(rows, dtype=torch.int32).to(device) for rows in (segments, entries))
     num_splits = max(1, num_text // max(1, layout.num_text_tokens // BLOCK))
     return PairTables(lists_there, entries_there, num_text, num_splits)
 
