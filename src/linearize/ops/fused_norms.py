@@ -41,22 +41,10 @@ def norm_rotate(
     from linearize.ops.triton_norms import norm_rotate_kernel
 
     results = _empty(queries), _empty(queries)
-    batch, _, num_heads, head_dim = results[0].shape
     first = 0
-    for query, key, query_weight, key_weight in zip(queries, keys, query_weights, key_weights, strict=True):
-        num_tokens = query.shape[1]
-        if num_tokens:
-            # Triton starts kernels on the current GPU, which need not be the tensors'.
-            with torch.cuda.device_of(query):
-                norm_rotate_kernel[-(-num_tokens * num_heads // _ROWS), batch](
-                    *(query, key, query_weight, key_weight, cosine, sine, *results),
-                    *(query.stride(0), query.stride(1), key.stride(0), key.stride(1), results[0].stride(0)),
-                    *(num_tokens, first, eps),
-                    H=num_heads,
-                    D=head_dim,
-                    M=_ROWS,
-                )
-        first += num_tokens
+    for query, key, *weights in zip(queries, keys, query_weights, key_weights, strict=True):
+        _launch(norm_rotate_kernel, (query, key, *weights, cosine, sine, *results), query, key, results[0], first, eps)
+        first += query.shape[1]
     return results
 
 
@@ -118,23 +106,13 @@ def _norm_rotate_backward(
     from linearize.ops.triton_norms import norm_rotate_gradient_kernel
 
     gradients = query_gradient.contiguous(), key_gradient.contiguous()
-    batch, _, num_heads, head_dim = query_gradient.shape
     results = [_like(states) for states in (*queries, *keys)]
     first = 0
     for number, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        num_tokens = query.shape[1]
-        if num_tokens:
-            with torch.cuda.device_of(query):
-                norm_rotate_gradient_kernel[-(-num_tokens * num_heads // _ROWS), batch](
-                    *(*gradients, query, key, query_weights[number], key_weights[number], cosine, sine),
-                    *(results[number], results[len(queries) + number]),
-                    *(query.stride(0), query.stride(1), key.stride(0), key.stride(1), gradients[0].stride(0)),
-                    *(num_tokens, first, eps),
-                    H=num_heads,
-                    D=head_dim,
-                    M=_ROWS,
-                )
-        first += num_tokens
+        given = (*gradients, query, key, query_weights[number], key_weights[number], cosine, sine)
+        tensors = (*given, results[number], results[len(queries) + number])
+        _launch(norm_rotate_gradient_kernel, tensors, query, key, gradients[0], first, eps)
+        first += query.shape[1]
     return results
 
 
@@ -160,6 +138,25 @@ def _backward(ctx: Any, query_gradient: Tensor, key_gradient: Tensor) -> tuple[A
 
 
 norm_rotate.register_autograd(_backward, setup_context=_save)
+
+
+def _launch(
+    kernel: Any, tensors: Sequence[Tensor], query: Tensor, key: Tensor, joined: Tensor, first: int, eps: float
+) -> None:
+    """Starts programs for all heads of a stream, which lies in the joined tokens from `first` on."""
+    batch, num_tokens, num_heads, head_dim = query.shape
+    if not num_tokens:
+        return
+    # Triton starts kernels on the current GPU, which need not be the tensors'.
+    with torch.cuda.device_of(query):
+        kernel[-(-num_tokens * num_heads // _ROWS), batch](
+            *tensors,
+            *(query.stride(0), query.stride(1), key.stride(0), key.stride(1), joined.stride(0)),
+            *(num_tokens, first, eps),
+            H=num_heads,
+            D=head_dim,
+            M=_ROWS,
+        )
 
 
 def _like(states: Tensor) -> Tensor:

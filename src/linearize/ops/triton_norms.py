@@ -52,6 +52,21 @@ def norm_modulate_kernel(
 
 
 @triton.jit
+def _heads_of_program(cosine, sine, num_tokens, first_token, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    """Batch, token and head of a program's rows, whether there is one, its cosine and sine, and where it is joined."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    token = row // H
+    exists = token < num_tokens
+    token, head = token.to(tl.int64), row % H
+    channel = tl.arange(0, D)[None, :]
+    table_at = ((first_token + token) * D)[:, None] + channel
+    cos = tl.load(cosine + table_at, mask=exists[:, None], other=0.0)
+    sin = tl.load(sine + table_at, mask=exists[:, None], other=0.0)
+    joined_at = ((first_token + token) * (H * D) + head * D)[:, None] + channel
+    return tl.program_id(1).to(tl.int64), token, head, exists, cos, sin, joined_at
+
+
+@triton.jit
 def norm_rotate_kernel(
     query,
     key,
@@ -74,23 +89,16 @@ def norm_rotate_kernel(
     M: tl.constexpr,
 ):
     """M heads a program; the tokens of a stream lie one after another, from `first_token` of the outputs on."""
-    row = tl.program_id(0) * M + tl.arange(0, M)
-    batch = tl.program_id(1).to(tl.int64)
-    token = row // H
-    exists = token < num_tokens
-    token, head = token.to(tl.int64), row % H
-    channel = tl.arange(0, D)
-    table_at = ((first_token + token) * D)[:, None] + channel[None, :]
-    cos = tl.load(cosine + table_at, mask=exists[:, None], other=0.0)
-    sin = tl.load(sine + table_at, mask=exists[:, None], other=0.0)
-    out_at = (batch * out_batch + (first_token + token) * (H * D) + head * D)[:, None] + channel[None, :]
+    batch, token, head, exists, cos, sin, joined_at = _heads_of_program(cosine, sine, num_tokens, first_token, H, D, M)
+    query_out += batch * out_batch
+    key_out += batch * out_batch
     dtype: tl.constexpr = query_out.dtype.element_ty
     at = batch * query_batch + token * query_token + head * D
     result = _normed_and_rotated(query, query_weight, at, exists, cos, sin, eps, D, M, dtype)
-    tl.store(query_out + out_at, result, mask=exists[:, None])
+    tl.store(query_out + joined_at, result, mask=exists[:, None])
     at = batch * key_batch + token * key_token + head * D
     result = _normed_and_rotated(key, key_weight, at, exists, cos, sin, eps, D, M, dtype)
-    tl.store(key_out + out_at, result, mask=exists[:, None])
+    tl.store(key_out + joined_at, result, mask=exists[:, None])
 
 
 @triton.jit
@@ -131,20 +139,13 @@ def norm_rotate_gradient_kernel(
     M: tl.constexpr,
 ):
     """The gradients of a stream's query and key before norm and rotation, as `norm_rotate_kernel` goes through them."""
-    row = tl.program_id(0) * M + tl.arange(0, M)
-    batch = tl.program_id(1).to(tl.int64)
-    token = row // H
-    exists = token < num_tokens
-    token, head = token.to(tl.int64), row % H
-    channel = tl.arange(0, D)
-    table_at = ((first_token + token) * D)[:, None] + channel[None, :]
-    cos = tl.load(cosine + table_at, mask=exists[:, None], other=0.0)
-    sin = tl.load(sine + table_at, mask=exists[:, None], other=0.0)
-    gradient_at = (batch * gradient_batch + (first_token + token) * (H * D) + head * D)[:, None] + channel[None, :]
-    out_at = ((batch * num_tokens + token) * (H * D) + head * D)[:, None] + channel[None, :]
+    batch, token, head, exists, cos, sin, joined_at = _heads_of_program(cosine, sine, num_tokens, first_token, H, D, M)
+    query_gradient += batch * gradient_batch
+    key_gradient += batch * gradient_batch
+    out_at = ((batch * num_tokens + token) * (H * D) + head * D)[:, None] + tl.arange(0, D)[None, :]
     at = batch * query_batch + token * query_token + head * D
-    result = _gradient(query_gradient, query, query_weight, gradient_at, at, exists, cos, sin, eps, D, M)
+    result = _gradient(query_gradient, query, query_weight, joined_at, at, exists, cos, sin, eps, D, M)
     tl.store(query_out + out_at, result.to(query_out.dtype.element_ty), mask=exists[:, None])
     at = batch * key_batch + token * key_token + head * D
-    result = _gradient(key_gradient, key, key_weight, gradient_at, at, exists, cos, sin, eps, D, M)
+    result = _gradient(key_gradient, key, key_weight, joined_at, at, exists, cos, sin, eps, D, M)
     tl.store(key_out + out_at, result.to(key_out.dtype.element_ty), mask=exists[:, None])
