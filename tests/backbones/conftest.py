@@ -8,7 +8,7 @@ from linearize.backbones import find_backbone
 from linearize.surgery import linearize
 
 
-def random_flux(num_single_layers):
+def random_flux(num_single_layers, head_dim=16, axes_dims=(4, 6, 6), guidance_embeds=True):
     """A random FLUX transformer of two double blocks and some single ones."""
     torch.manual_seed(0)
     return FluxTransformer2DModel(
@@ -16,11 +16,11 @@ def random_flux(num_single_layers):
         num_layers=2,
         num_single_layers=num_single_layers,
         num_attention_heads=2,
-        attention_head_dim=16,
-        axes_dims_rope=(4, 6, 6),
+        attention_head_dim=head_dim,
+        axes_dims_rope=axes_dims,
         joint_attention_dim=32,
         pooled_projection_dim=24,
-        guidance_embeds=True,
+        guidance_embeds=guidance_embeds,
     ).eval()
 
 
@@ -34,6 +34,13 @@ def untouched():
 def deep():
     """The same with three single blocks."""
     return random_flux(num_single_layers=3)
+
+
+@pytest.fixture
+def gpu_transformer():
+    """One whose heads GPU kernels take, in bf16 and on the GPU."""
+    transformer = random_flux(3, head_dim=64, axes_dims=(16, 24, 24), guidance_embeds=False)
+    return transformer.train().to("cuda", torch.bfloat16)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from torch._dynamo.utils import counters
 
 from linearize.backbones import find_backbone
@@ -118,18 +117,8 @@ def test_a_mistake_stays_one_sentence(deep, predict):
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_on_a_gpu_a_local_student_has_no_graph_breaks():
-    torch.manual_seed(0)
-    student = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        num_attention_heads=2,
-        attention_head_dim=64,
-        axes_dims_rope=(16, 24, 24),
-        joint_attention_dim=32,
-        pooled_projection_dim=24,
-    ).to("cuda", torch.bfloat16)
+def test_on_a_gpu_a_local_student_has_no_graph_breaks(gpu_transformer):
+    student = gpu_transformer
     linearize(student, "clear", window=5)
     conditioning = {"prompt_embeds": torch.randn(1, 128, 32).cuda(), "pooled_prompt_embeds": torch.randn(1, 24).cuda()}
     inputs = (torch.randn(1, 4, 48, 64).cuda(), torch.tensor([0.5]).cuda(), conditioning)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
+from diffusers import FirstBlockCacheConfig
 from torch import nn
 
 from linearize.backbones.flux_fused import _joint_linear, linear_gelu
@@ -38,20 +38,6 @@ def test_diffusers_knows_the_blocks(student, predict):
             torch.testing.assert_close(predict(transformer), expected)  # from the cache, as sums with what blocks add
 
 
-def gpu_transformer():
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        num_attention_heads=2,
-        attention_head_dim=64,
-        axes_dims_rope=(16, 24, 24),
-        joint_attention_dim=32,
-        pooled_projection_dim=24,
-    ).to("cuda", torch.bfloat16)
-
-
 def gpu_call():
     """Inputs of a small transformer, a ragged grid of 24 x 40 tokens."""
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(24.0), torch.arange(40.0)).cuda()
@@ -69,8 +55,8 @@ def gpu_call():
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", ["softmax", "clear"])
-def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(mixer):
-    student = gpu_transformer()
+def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(gpu_transformer, mixer):
+    student = gpu_transformer
     linearize(student, mixer, **({"window": 5} if mixer == "clear" else {}))
     student.requires_grad_(False)
     call = gpu_call()
@@ -81,8 +67,8 @@ def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(mixer):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_compiled_blocks_have_the_gradients_of_eager_ones():
-    student = share_student(gpu_transformer(), [{"layers": "*", "mixer": "clear", "window": 5}])
+def test_on_a_gpu_compiled_blocks_have_the_gradients_of_eager_ones(gpu_transformer):
+    student = share_student(gpu_transformer, [{"layers": "*", "mixer": "clear", "window": 5}])
     call = gpu_call()
     parameters = list(trained_parameters(student).values())
 
