@@ -33,7 +33,7 @@ HEAD_DIMS = (32, 64, 128)
 _LOG2E = math.log2(math.e)
 
 
-# The Hopper kernel takes queries as this does, and keys by whole blocks.
+# The Hopper kernel takes queries as this does, and keys as `PairTables` says.
 FORWARD = Tiling(BLOCK, 64, 4, 2)
 QUERY_GRADIENT = Tiling(64, 64, 4, 2)
 KEY_GRADIENT = Tiling(64, 64, 4, 2)
