@@ -14,7 +14,7 @@ from linearize.ops.halo_tables import seen_pairs
 from linearize.ops.halo_tables import visited_pairs as halo_pairs
 from linearize.ops.hopper_local import serves
 from linearize.ops.hopper_tables import UNIT, pair_tables
-from linearize.ops.regions import REGIONS, Region
+from linearize.ops.regions import Region, region_name
 from linearize.ops.triton_local import FORWARD
 
 _CPU = torch.device("cpu")
@@ -27,8 +27,7 @@ def exact_pairs(layout: Layout, region: Region) -> int:
 
 def visited_pairs(backend: str, layout: Layout, region: Region, head_dim: int, device: torch.device) -> int | None:
     """Pairs that a backend of `local_attention` computes; None where nothing here counts them."""
-    name = next(name for name, made in REGIONS.items() if made is type(region))
-    if backend == "triton" and serves(layout, name, head_dim, device):
+    if backend == "triton" and serves(layout, region_name(region), head_dim, device):
         return _hopper(layout, region)
     return VISITED[backend](layout, region) if backend in VISITED else None
 

@@ -169,6 +169,11 @@ class Neighborhood(Region):
 REGIONS: dict[str, Callable[[int], Region]] = {"disc": Disc, "tiles": TouchedTiles, "neighborhood": Neighborhood}
 
 
+def region_name(region: Region) -> str:
+    """The name in `REGIONS`."""
+    return next(name for name, made in REGIONS.items() if made is type(region))
+
+
 def _tile_gap(query: Tensor, query_length: Tensor, key: Tensor, key_length: Tensor, size: int) -> Tensor:
     """Tokens along one axis from the edge of the query's tile to that of the key's; 0 where the tiles overlap."""
     first, key_first = query // size * size, key // size * size

@@ -18,7 +18,7 @@ from linearize.ops.block_tables import BLOCK, BlockTables
 from linearize.ops.dense_attention import match_heads
 from linearize.ops.hopper_local import launch_forward, planes_for
 from linearize.ops.hopper_tables import PairTables
-from linearize.ops.regions import REGIONS, Region
+from linearize.ops.regions import Region, region_name
 from linearize.ops.triton_launch import (
     Tiling,
     empty_token_major,
@@ -77,7 +77,7 @@ def _in_tiles(
         index = layout.index_to(TILE, query.device)
         query, key, value = (states.index_select(2, index) for states in (query, key, value))
     grids = [side for grid in layout.grids for side in (grid.height, grid.width)]
-    name = next(name for name, made in REGIONS.items() if made is type(region))
+    name = region_name(region)
     output, lse = _attention(
         query, key, value, layout.num_text_tokens, layout.text_first, grids, name, region.window, float(scale)
     )
