@@ -55,12 +55,19 @@ def text_and_window(tokens: Tokens, window: int) -> SoftmaxPart | None:
     )
 
 
-def window_alone(query: Tensor, key: Tensor, tokens: Tokens, window: int) -> SoftmaxPart:
-    """What image tokens see by softmax over the disc, with such queries and keys of all tokens."""
+def window_alone(query: Tensor, key: Tensor, tokens: Tokens, window: int, *, keep_largest: bool = False) -> SoftmaxPart:
+    """`window_softmax` of what image tokens see of the disc, with such queries and keys of all tokens."""
     context, image = tokens.context, tokens.image
     states = (some[:, :, image] for some in (query, key, tokens.product_value))
     mask = tokens.mask_of(image)
-    return window_softmax(*states, layout=context.layout, window=window, scale=context.scale, key_mask=mask)
+    return window_softmax(
+        *states,
+        layout=context.layout,
+        window=window,
+        scale=context.scale,
+        key_mask=mask,
+        keep_largest=keep_largest,
+    )
 
 
 def inside_window(tokens: Tokens, window: int) -> Tensor:

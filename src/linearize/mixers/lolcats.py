@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,14 @@ from linearize.layout import Layout
 from linearize.mixers._arguments import VARIANTS, check_choice, check_number
 from linearize.mixers._joint import JointMixer
 from linearize.mixers._tokens import FeaturePair, Tokens, map_pair
-from linearize.mixers._window import check_window, has_log_scale, inside_window, window_attention
+from linearize.mixers._window import (
+    check_window,
+    has_log_scale,
+    inside_window,
+    text_and_window,
+    window_alone,
+    window_attention,
+)
 from linearize.mixers.base import AttentionShape
 from linearize.ops.feature_maps import HedgehogMap
 from linearize.ops.linear_attention import (
@@ -23,8 +29,7 @@ from linearize.ops.linear_attention import (
     linear_attention_flops,
     merge,
 )
-from linearize.ops.local_softmax import local_softmax
-from linearize.ops.tile_states import window_complement, window_flops, window_softmax
+from linearize.ops.tile_states import window_complement, window_flops
 
 # LoLCATs' factor of the window, sigmoid(-2.197) = 0.1.
 WINDOW_FACTOR = math.log(0.1 / 0.9)
@@ -157,14 +162,10 @@ class LolcatsMixer(JointMixer):
 
     def _window_part(self, tokens: Tokens) -> SoftmaxPart:
         """What image tokens see of the disc, and of the text if it is exact."""
-        context, image = tokens.context, tokens.image
-        call: dict[str, Any] = {"layout": context.layout, "window": self.window, "scale": context.scale}
-        if self.text == "exact" and not self.is_paper:
-            part = local_softmax(*tokens.given_rotated, key_mask=context.key_mask, **call)
-            if part is not None:
-                return part
-        images = (states[:, :, image] for states in (*tokens.product_rotated, tokens.product_value))
-        window = window_softmax(*images, key_mask=tokens.mask_of(image), keep_largest=self.is_paper, **call)
+        part = text_and_window(tokens, self.window) if self.text == "exact" and not self.is_paper else None
+        if part is not None:
+            return part
+        window = window_alone(*tokens.product_rotated, tokens, self.window, keep_largest=self.is_paper)
         return merge(self.exact_part(tokens), window)
 
     def _log_factor(self, like: Tensor) -> Tensor:

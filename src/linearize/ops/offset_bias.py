@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from linearize.layout import Layout
 from linearize.ops.constant_tables import layout_table
 from linearize.ops.disc import coordinates
+from linearize.ops.scan_order import reordered
 
 # Longest side of the pictures that are transformed by matrix products: beyond, they are too many operations.
 LONGEST_SIDE = 64
@@ -78,7 +79,7 @@ def weigh_by_offset(
     kernel, convolve = _by_products(factor) if max(height, width) <= LONGEST_SIDE else _by_transforms(factor)
     index = places[:, 0] * width + places[:, 1]
     if order is not None:
-        query, key, value = (_moved(states, index) for states in (query, key, value))
+        query, key, value = (reordered(states, order, index) for states in (query, key, value))
 
     def some_features(query: Tensor, key: Tensor, value: Tensor, kernel: Tensor) -> Tensor:
         products = key[..., None] * value[..., None, :]
@@ -97,7 +98,7 @@ def weigh_by_offset(
         total = total + checkpoint(
             some_features, queries, keys, value, kernel, use_reentrant=False, preserve_rng_state=False
         )
-    return total if order is None else _moved(total, order)
+    return total if order is None else reordered(total, index, order)
 
 
 def weigh_by_offset_naive(query: Tensor, key: Tensor, value: Tensor, factor: Tensor, places: Tensor) -> Tensor:
@@ -177,11 +178,6 @@ def _by_transforms(factor: Tensor) -> tuple[Tensor, Convolve]:
         return torch.fft.irfft2(transformed, s=size)[..., :height, :width].movedim(2, -1)
 
     return torch.fft.rfft2(_around_zero(factor, size))[:, None], convolve
-
-
-def _moved(states: Tensor, index: Tensor) -> Tensor:
-    """Tokens [batch, heads, tokens, channels] at new places, each one at its own: the gradient is a look-up."""
-    return states.new_empty(states.shape).index_copy(2, index, states)
 
 
 def _without_small_factors(number: int) -> int:

@@ -69,14 +69,19 @@ def in_scan_order(states: Tensor, layout: Layout, direction: str) -> Tensor:
     """Image tokens, [batch, heads, tokens, channels], from the layout's order to that of `scan_order`."""
     if _is_as_it_is(layout, direction):
         return states
-    return _Reordered.apply(states, *scan_order(layout, direction, states.device))
+    return reordered(states, *scan_order(layout, direction, states.device))
 
 
 def from_scan_order(states: Tensor, layout: Layout, direction: str) -> Tensor:
     """The inverse of `in_scan_order`."""
     if _is_as_it_is(layout, direction):
         return states
-    return _Reordered.apply(states, *reversed(scan_order(layout, direction, states.device)))
+    return reordered(states, *reversed(scan_order(layout, direction, states.device)))
+
+
+def reordered(states: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """`states[:, :, index]` of a permutation and its inverse, so that the gradient is a look-up, too."""
+    return _Reordered.apply(states, index, inverse)
 
 
 def _is_as_it_is(layout: Layout, direction: str) -> bool:
