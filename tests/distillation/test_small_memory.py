@@ -54,6 +54,29 @@ def test_small_tensors_are_stepped_as_adamw_steps_them() -> None:
     torch.testing.assert_close(first, second)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_steps_as_a_cpu_does(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(96, 128), (77, 100), (64,)]  # whole blocks, a part of one, too small for codes
+    start = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    gradients = [[torch.randn(size, generator=generator).to(dtype) for size in sizes] for _ in range(4)]
+    results = []
+    for device in ("cpu", "cuda"):
+        parameters = [nn.Parameter(value.to(device, copy=True)) for value in start]
+        optimizer = AdamW8bit(parameters, lr=0.1, weight_decay=0.1)
+        StepInBackward(optimizer, parameters)
+        for step, each in enumerate(gradients):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            sum((value * slope.to(device)).sum() for value, slope in zip(parameters, each, strict=True)).backward()
+        results.append([parameter.detach().cpu() for parameter in parameters])
+    for found, expected, before in zip(*reversed(results), start, strict=True):
+        assert not torch.equal(expected, before)
+        # Where a share lies between two codes, the last bit decides.
+        assert torch.isclose(found, expected, rtol=torch.finfo(dtype).eps * 8, atol=1e-6).float().mean() > 0.999
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_sorted_and_fine(signed: bool) -> None:
     codes = dynamic_codes(signed)

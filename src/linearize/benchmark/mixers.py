@@ -146,7 +146,7 @@ def _rows(teacher: Teacher, name: str, settings: MixerSettings) -> Iterator[dict
     for size in settings.sizes:
         call = layer_call(teacher, student, size, size, settings.max_sequence_length)
         with torch.no_grad():
-            timing = measure(call.forward, device, warmup=settings.warmup, repeats=settings.repeats)
+            timing = measure(call.forward, device, warmup=settings.warmup, repeats=settings.repeats, graphed=True)
         yield {
             "pass": "forward",
             "size": size,

@@ -51,6 +51,7 @@ _COLUMNS = {
     "ps / pair": ("picoseconds_per_visited_pair", 1),
     "TFLOP/s": ("tflops_per_second", 1),
     "GB/s": ("gb_per_second", 1),
+    "MHz": ("sm_mhz", 1),
     "attention GFLOPs": ("attention_gflops", 1),
     "samples / s": ("samples_per_second", 1),
     "last loss": ("last_loss", 1),

@@ -61,12 +61,15 @@ class ScanSizes:
     repeats: int
 
     def draw(self, grid: Grid, gate_width: int, seed: int) -> Leaves:
-        """Random inputs that require gradients, [batch, heads, tokens, ...]; gates are as open as mixers start."""
+        """Random inputs that require gradients, [batch, heads, tokens, ...], token-major in memory as in a layer.
+
+        Gates are as open as mixers start.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def normal(width: int) -> Tensor:
-            shape = (self.batch, self.num_heads, grid.num_tokens, width)
-            return torch.randn(shape, device=self.device, generator=generator)
+            shape = (self.batch, grid.num_tokens, self.num_heads, width)
+            return torch.randn(shape, device=self.device, generator=generator).transpose(1, 2)
 
         narrow = [normal(self.head_dim).to(self.dtype) for _ in range(3)]
         gates = [F.logsigmoid(normal(gate_width) + 5.5) / 16 for _ in range(2)]
@@ -185,7 +188,7 @@ def _time(sizes: ScanSizes, name: str, kind: str, side: int, seed: int) -> dict[
     try:
         with torch.set_grad_enabled(kind == "forward_backward"):
             call = forward_backward if kind == "forward_backward" else forward
-            timing = measure(call, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats).as_dict()
+            timing = measure(call, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats, graphed=True).as_dict()
     except torch.OutOfMemoryError as error:
         return {"error": f"out of memory: {str(error).splitlines()[0]}"}
     if kind == "forward_backward":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from linearize.benchmark.clocks import clock_under_load
 from linearize.costs import GIB
 
 # Seconds of timed calls that are enough for a median.
@@ -28,6 +29,9 @@ class Timing:
         repeats: How many were timed.
         peak_memory_gib: Peak GPU memory of the calls; None on a CPU.
         graphed: Whether replays of a CUDA graph were timed: the GPU's work alone.
+        sm_mhz: Clock of the GPU's processors under a row of replays; None where no graph is timed, or nvidia-ml-py is
+            not installed.
+        power_capped: Whether that clock is lowered to hold the GPU's power limit.
     """
 
     median_seconds: float
@@ -36,6 +40,8 @@ class Timing:
     repeats: int
     peak_memory_gib: float | None
     graphed: bool
+    sm_mhz: int | None = None
+    power_capped: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name."""
@@ -75,7 +81,9 @@ def measure(
     while len(seconds) < repeats and sum(seconds) < patience:
         seconds.append(clock(timed))
     peak = torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None
-    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak, replay is not None)
+    median = statistics.median(seconds)
+    clock_held = clock_under_load(replay, median, device) if replay else {}
+    return Timing(median, min(seconds), max(seconds), len(seconds), peak, replay is not None, **clock_held)
 
 
 def measured_or_reason(
