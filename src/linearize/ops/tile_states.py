@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linearize.layout import Layout
 from linearize.ops.disc import exact_pairs
+from linearize.ops.fused_complement import fused_complement, serves
 from linearize.ops.linear_attention import LinearPart, SoftmaxPart, mask_keys, numerator_and_mass, weigh
 from linearize.ops.local_softmax import local_softmax
 from linearize.ops.products import for_products, wide_matmul, with_ones
@@ -95,15 +96,19 @@ def window_softmax(
 def window_complement(
     features: tuple[Tensor, Tensor], value: Tensor, *, layout: Layout, window: int, key_mask: Tensor | None = None
 ) -> LinearPart:
-    """The second part of `window_with_complement`.
+    """The second part of `window_with_complement`, in kernels where they serve.
 
     In the tiles that a tile's windows reach, pairs outside the disc have explicit weights phi(q) phi(k). All farther
     tiles are one state, a sum over rows and columns of tiles: nothing is subtracted. Nothing grows faster than tokens x
     window^2. Products are bf16 on a GPU where the inputs are, with sums in float32.
     """
-    tables, channels = tile_tables(layout, window, value.device), value.shape[-1]
     query, key, value = for_products(*features, value)
-    tiles = (_in_tiles(states, tables) for states in (query, mask_keys(key, key_mask), with_ones(value)))
+    key, channels = mask_keys(key, key_mask), value.shape[-1]
+    if serves(query, value):
+        numerator, mass = fused_complement(query, key, value, layout=layout, window=window)
+        return LinearPart(numerator, mass, mass.new_zeros(()))
+    tables = tile_tables(layout, window, value.device)
+    tiles = (_in_tiles(states, tables) for states in (query, key, with_ones(value)))
     sums = _out_of_tiles(_Complement.apply(*tiles, tables, window), tables)
     return LinearPart(*numerator_and_mass(sums, channels), sums.new_zeros(()))
 
