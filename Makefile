@@ -16,7 +16,7 @@ help:  ## Show the commands.
 train: $(STAMP)  ## Distil the default student (ARGS="mixer=clear window=16" overrides the configuration).
 	$(BIN)/python train.py $(ARGS)
 
-test: $(STAMP)  ## Run the tests, in two processes (ARGS="tests/test_export.py -x" narrows them, WORKERS=0 runs them in one).
+test: $(STAMP)  ## Run the tests, in two processes (ARGS="tests/export -x" narrows them, WORKERS=0 runs them in one).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --durations=15 $(ARGS)
 
 test-gpu: $(STAMP)  ## Run the tests that need a GPU.
