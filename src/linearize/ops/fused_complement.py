@@ -49,19 +49,21 @@ def fused_complement(
 
 def serves(query: Tensor, value: Tensor) -> bool:
     """Whether the kernels take features [..., num_features] and values [..., head_dim]."""
-    return _serves(index(query.shape[-1]), index(value.shape[-1]), query.dtype, value.dtype, query.device)
+    return _constant_answer(index(query.shape[-1]), index(value.shape[-1]), query.dtype, value.dtype, query.device)
 
 
 # To a compiler this is a constant, which it does not see looked up.
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
-def _serves(
+def _constant_answer(
     num_features: int, head_dim: int, dtype: torch.dtype, value_dtype: torch.dtype, device: torch.device
 ) -> bool:
-    if not dtype == value_dtype == torch.bfloat16:
-        return False
-    states = torch.empty((), dtype=dtype, device=device)
-    return all(refusal(states.expand(1, 1, 1, size)) is None for size in (num_features, head_dim))
+    return dtype == value_dtype == torch.bfloat16 and _takes(num_features, device) and _takes(head_dim, device)
+
+
+@lru_cache(maxsize=64)
+def _takes(num_channels: int, device: torch.device) -> bool:
+    states = torch.empty((), dtype=torch.bfloat16, device=device)
+    return refusal(states.expand(1, 1, 1, num_channels)) is None
 
 
 @torch.library.custom_op("linearize::window_complement", mutates_args=())
