@@ -187,6 +187,6 @@ def test_operations_are_linear_in_tokens():
 
 def test_an_unknown_backend_names_the_choices():
     with pytest.raises(
-        LinearizeError, match="unknown backend 'fast', choose one of auto, chunked, fla, recurrent, dense"
+        LinearizeError, match="unknown backend 'fast', choose one of auto, chunked, triton, fla, recurrent, dense"
     ):
         bidirectional_gated_attention(*inputs(3), backend="fast")

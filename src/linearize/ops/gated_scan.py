@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.errors import LinearizeError
+from linearize.ops import fla_scan, head_scan
 from linearize.ops.chunked_scan import CHUNK, chunked
-from linearize.ops.fla_scan import fla, refusal
 from linearize.ops.precision import widen
 from linearize.ops.products import for_products
 
@@ -38,8 +38,9 @@ def bidirectional_gated_attention(
         forward_gate: log G, at most 0: [batch, heads, tokens, num_features], or [batch, heads, tokens, 1] for one
             gate in each head.
         backward_gate: log G', same.
-        backend: "chunked", of a cost linear in tokens; "fla", the same by GPU kernels; "recurrent", token by token;
-            "dense", on [tokens x tokens] weights; or "auto": fla in bf16 on a GPU where it works, else chunked.
+        backend: "chunked", of a cost linear in tokens; "triton", the same by GPU kernels, for one gate in each head;
+            "fla", the same by those of a library; "recurrent", token by token; "dense", on [tokens x tokens] weights;
+            or "auto": in bf16 on a GPU the first of triton and fla that works there, else chunked.
 
     Returns:
         [batch, heads, tokens, channels]: where query, key and value are bf16 on a GPU, products are, and so is this;
@@ -54,27 +55,38 @@ def bidirectional_gated_attention(
         backward_gate = F.pad(forward_gate, (0, 0, 0, 1))[:, :, 1:]
     query, key, value = for_products(query, key, value)
     gates = widen(forward_gate), widen(backward_gate)
-    if backend in ("auto", "fla"):
+    if backend == "auto" or backend in REFUSALS:
         backend = _choose(backend, value, query.shape[-1], forward_gate.shape[-1])
     return BACKENDS[backend](query, key, value, *gates)
 
 
 def _choose(backend: str, value: Tensor, num_features: int, gate_width: int) -> str:
-    """Fla or, where the caller left it open, chunked; a GPU that could compute in bf16 and has no fla is told once."""
-    refused = refusal(value, num_features, gate_width)
-    if refused is None:
-        return "fla"
-    if backend == "fla":
-        raise LinearizeError(f"backend fla cannot serve this call, as {refused}; choose chunked or auto")
-    if value.device.type == "cuda" and value.dtype == torch.bfloat16:
-        _tell(refused)
-    return "chunked"
+    """The backend asked for or, where the caller left it open, the first kernels that work, and chunked without any.
+
+    A GPU that could compute in bf16 and on which kernels do not work is told once.
+    """
+    if backend != "auto":
+        reason = REFUSALS[backend](value, num_features, gate_width)
+        if reason is not None:
+            raise LinearizeError(f"backend {backend} cannot serve this call, as {reason}; choose chunked or auto")
+        return backend
+    refused = []
+    for name in KERNELS[gate_width == 1]:
+        reason = REFUSALS[name](value, num_features, gate_width)
+        if reason is None:
+            break
+        refused.append(f"not {name}: {reason}")
+    else:
+        name = "chunked"
+    if refused and value.device.type == "cuda" and value.dtype == torch.bfloat16:
+        _tell(name, "; ".join(refused))
+    return name
 
 
 # A compiler calls it while it traces.
 @torch.compiler.assume_constant_result
-def _tell(refused: str) -> None:
-    warnings.warn(f"gated scans take their portable path on this GPU instead of fla, as {refused}", stacklevel=4)
+def _tell(name: str, refused: str) -> None:
+    warnings.warn(f"gated scans are computed by {name} on this GPU ({refused})", stacklevel=4)
 
 
 def dense_decay(forward_gate: Tensor, backward_gate: Tensor) -> Tensor:
@@ -111,7 +123,20 @@ def _recur(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     return torch.stack(outputs, dim=2)
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"chunked": chunked, "fla": fla, "recurrent": recurrent, "dense": dense}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "chunked": chunked,
+    "triton": head_scan.head_scan,
+    "fla": fla_scan.fla,
+    "recurrent": recurrent,
+    "dense": dense,
+}
+# Why kernels cannot serve a call.
+REFUSALS: dict[str, Callable[[Tensor, int, int], str | None]] = {
+    "triton": head_scan.refusal,
+    "fla": fla_scan.refusal,
+}
+# Those that `auto` asks, one after another, for a gate in each head, and for other gates.
+KERNELS = {True: ("triton", "fla"), False: ("fla",)}
 
 
 def gated_attention_flops(num_tokens: int, num_features: int, channels: int) -> int:

@@ -1,0 +1,334 @@
+"""Kernels of gated scans in both directions with one gate in each head.
+
+The tokens of a lane, which is a head of one of the batch, are cut into segments, and segments into chunks of C tokens.
+One kernel walks the chunks of each segment and finds what it adds to the states of both directions; the next carries
+these states from segment to segment; then every segment is walked again, first forward, then backward, with the state
+[features x channels] in registers: no state of a chunk is ever written.
+
+Features are FB, and FT behind them (0 or 16); a block of channels is BV, and VT behind them (0 or 16).
+Exponents are differences of the gates' sums within a chunk, to base 2, of what is later less what is earlier on the
+way: none is positive.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sums_kernel(
+    ahead,
+    behind,
+    sums,
+    ahead_batch,
+    ahead_head,
+    ahead_token,
+    behind_batch,
+    behind_head,
+    behind_token,
+    num_heads,
+    num_tokens,
+    num_chunks,
+    FLOOR: tl.constexpr,
+    C: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Sums of log gates from each chunk's first token on, and from its last one back: [2, lanes, chunks x C].
+
+    Gates below FLOOR, next to nothing, count as that, so that differences of sums behind them keep their digits.
+    """
+    lane = tl.program_id(1).to(tl.int64)
+    batch, head = lane // num_heads, lane % num_heads
+    chunk = tl.program_id(0) * M + tl.arange(0, M)
+    token = chunk[:, None] * C + tl.arange(0, C)[None, :]
+    exists, wide = token < num_tokens, token.to(tl.int64)
+    scale: tl.constexpr = 1.4426950408889634
+    gates = tl.load(ahead + batch * ahead_batch + head * ahead_head + wide * ahead_token, mask=exists, other=0.0)
+    total = tl.cumsum(tl.maximum(gates.to(tl.float32), FLOOR) * scale, 1)
+    at = lane * num_chunks * C + token
+    is_chunk = (chunk < num_chunks)[:, None]
+    tl.store(sums + at, total, mask=is_chunk)
+    gates = tl.load(behind + batch * behind_batch + head * behind_head + wide * behind_token, mask=exists, other=0.0)
+    total = tl.cumsum(tl.maximum(gates.to(tl.float32), FLOOR) * scale, 1, reverse=True)
+    tl.store(sums + tl.num_programs(1).to(tl.int64) * num_chunks * C + at, total, mask=is_chunk)
+
+
+@triton.jit
+def _known(step, UNIT: tl.constexpr):
+    """A stride, of which the compiler is told that it is a multiple, so that it reads whole words."""
+    return tl.multiple_of(step, UNIT) if UNIT > 1 else step
+
+
+@triton.jit
+def _tile(pointer, start, step, place, channel, num_tokens, WIDTH: tl.constexpr):
+    """The numbers of C tokens from `start` on, zeros where there is no token or channel."""
+    at = (place * step)[:, None] + channel[None, :]
+    mask = (start + place < num_tokens)[:, None] & (channel < WIDTH)[None, :]
+    return tl.load(pointer + start.to(tl.int64) * step + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _put(pointer, start, step, place, channel, num_tokens, result, WIDTH: tl.constexpr, ADD: tl.constexpr):
+    """Writes the numbers of C tokens, or adds them to what is there."""
+    at = pointer + start.to(tl.int64) * step + ((place * step)[:, None] + channel[None, :])
+    mask = (start + place < num_tokens)[:, None] & (channel < WIDTH)[None, :]
+    if ADD:
+        result += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(at, result.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _state_at(direction, segment, lane, num_lanes, features, channels, F: tl.constexpr, V: tl.constexpr):
+    """Where numbers of a segment's state lie, [2, segments, lanes, features, channels], and which of them there are."""
+    number = (direction * tl.num_programs(1) + segment) * num_lanes + lane
+    at = number.to(tl.int64) * (F * V) + (features[:, None] * V + channels[None, :])
+    return at, (features < F)[:, None] & (channels < V)[None, :]
+
+
+@triton.jit
+def _load_state(
+    states, direction, segment, lane, features, channels, F: tl.constexpr, V: tl.constexpr, CARRIED: tl.constexpr
+):
+    """The state that a segment starts from."""
+    if CARRIED:
+        at, mask = _state_at(direction, segment, lane, tl.num_programs(2), features, channels, F, V)
+        state = tl.load(states + at, mask=mask, other=0.0)
+    else:
+        state = tl.zeros((features.shape[0], channels.shape[0]), tl.float32)
+    return state
+
+
+@triton.jit
+def _store_states(
+    states, segment, lane, features, channels, ahead_state, behind_state, F: tl.constexpr, V: tl.constexpr
+):
+    at, mask = _state_at(0, segment, lane, tl.num_programs(2), features, channels, F, V)
+    tl.store(states + at, ahead_state, mask=mask)
+    at, mask = _state_at(1, segment, lane, tl.num_programs(2), features, channels, F, V)
+    tl.store(states + at, behind_state, mask=mask)
+
+
+@triton.jit
+def totals_kernel(
+    key,
+    value,
+    sums,
+    states,
+    kept,
+    key_batch,
+    key_head,
+    key_step,
+    value_batch,
+    value_head,
+    value_step,
+    num_heads,
+    num_tokens,
+    num_chunks,
+    chunks_of_segment,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    FB: tl.constexpr,
+    FT: tl.constexpr,
+    BV: tl.constexpr,
+    VT: tl.constexpr,
+    C: tl.constexpr,
+    FEATURE_UNIT: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+):
+    """What a segment adds to the states behind and before it, and in `kept`, [2, segments, lanes], what it leaves."""
+    segment, lane, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    batch, head = (lane // num_heads).to(tl.int64), (lane % num_heads).to(tl.int64)
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    key_token, value_token = _known(key_step, FEATURE_UNIT), _known(value_step, CHANNEL_UNIT)
+    ahead_sums = sums + lane.to(tl.int64) * num_chunks * C
+    behind_sums = ahead_sums + num_lanes.to(tl.int64) * num_chunks * C
+    place, features = tl.arange(0, C), tl.arange(0, FB)
+    channels = tl.program_id(0) * (BV + VT) + tl.arange(0, BV)
+    ahead_state, behind_state = tl.zeros((FB, BV), tl.float32), tl.zeros((FB, BV), tl.float32)
+    if FT:
+        last_features = FB + tl.arange(0, FT)
+        ahead_low, behind_low = tl.zeros((FT, BV), tl.float32), tl.zeros((FT, BV), tl.float32)
+    if VT:
+        last_channels = tl.program_id(0) * (BV + VT) + BV + tl.arange(0, VT)
+        ahead_side, behind_side = tl.zeros((FB, VT), tl.float32), tl.zeros((FB, VT), tl.float32)
+    first = segment * chunks_of_segment
+    ahead_kept, behind_kept = 0.0, 0.0
+    for chunk in range(first, tl.minimum(first + chunks_of_segment, num_chunks)):
+        start = chunk * C
+        k = _tile(key, start, key_token, place, features, num_tokens, F)
+        v = _tile(value, start, value_token, place, channels, num_tokens, V)
+        end = tl.load(ahead_sums + start + C - 1)
+        begin = tl.load(behind_sums + start)
+        to_end = tl.exp2(end - tl.load(ahead_sums + start + place))
+        to_begin = tl.exp2(behind_kept + (begin - tl.load(behind_sums + start + place)))
+        ahead_v, behind_v = (v * to_end[:, None]).to(k.dtype), (v * to_begin[:, None]).to(k.dtype)
+        kept_now = tl.exp2(end)
+        ahead_state = tl.dot(tl.trans(k), ahead_v, ahead_state * kept_now, input_precision="ieee")
+        behind_state = tl.dot(tl.trans(k), behind_v, behind_state, input_precision="ieee")
+        if FT:
+            low = _tile(key, start, key_token, place, last_features, num_tokens, F)
+            ahead_low = tl.dot(tl.trans(low), ahead_v, ahead_low * kept_now, input_precision="ieee")
+            behind_low = tl.dot(tl.trans(low), behind_v, behind_low, input_precision="ieee")
+        if VT:
+            side = _tile(value, start, value_token, place, last_channels, num_tokens, V)
+            ahead_v, behind_v = (side * to_end[:, None]).to(k.dtype), (side * to_begin[:, None]).to(k.dtype)
+            ahead_side = tl.dot(tl.trans(k), ahead_v, ahead_side * kept_now, input_precision="ieee")
+            behind_side = tl.dot(tl.trans(k), behind_v, behind_side, input_precision="ieee")
+        ahead_kept += end
+        behind_kept += begin
+    _store_states(states, segment, lane, features, channels, ahead_state, behind_state, F, V)
+    if FT:
+        _store_states(states, segment, lane, last_features, channels, ahead_low, behind_low, F, V)
+    if VT:
+        _store_states(states, segment, lane, features, last_channels, ahead_side, behind_side, F, V)
+    # Every block of channels finds the same.
+    tl.store(kept + segment * num_lanes + lane, ahead_kept)
+    tl.store(kept + (tl.num_programs(1) + segment) * num_lanes + lane, behind_kept)
+
+
+@triton.jit
+def carry_kernel(states, kept, num_segments, SIZE: tl.constexpr, M: tl.constexpr):
+    """In place of what segments add, the state of all earlier ones (first half) or all later ones (second half)."""
+    lane, direction, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    number = tl.program_id(0) * M + tl.arange(0, M)
+    state = tl.zeros((M,), tl.float32)
+    for step in range(num_segments):
+        segment = tl.where(direction == 1, num_segments - 1 - step, step)
+        place = (direction * num_segments + segment) * num_lanes + lane
+        at = states + place.to(tl.int64) * SIZE + number
+        added = tl.load(at, mask=number < SIZE, other=0.0)
+        tl.store(at, state, mask=number < SIZE)
+        state = state * tl.exp2(tl.load(kept + place)) + added
+
+
+@triton.jit
+def walk_kernel(
+    query,
+    key,
+    value,
+    output,
+    other,
+    sums,
+    states,
+    rows,
+    query_batch,
+    query_head,
+    query_step,
+    key_batch,
+    key_head,
+    key_step,
+    value_batch,
+    value_head,
+    value_step,
+    output_batch,
+    output_head,
+    output_step,
+    other_batch,
+    other_head,
+    other_step,
+    num_heads,
+    num_tokens,
+    num_chunks,
+    chunks_of_segment,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    FB: tl.constexpr,
+    FT: tl.constexpr,
+    BV: tl.constexpr,
+    VT: tl.constexpr,
+    C: tl.constexpr,
+    FEATURE_UNIT: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    BACK: tl.constexpr,
+    CARRIED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Forward, what tokens see of earlier chunks and of their own; backward, BACK, adds what they see of later chunks.
+
+    With ROWS, `rows`, [2, blocks of channels, lanes, chunks x C], are products of `other` and of what each token sees
+    of all earlier and of all later ones, without itself.
+    """
+    segment, lane, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    batch, head = (lane // num_heads).to(tl.int64), (lane % num_heads).to(tl.int64)
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    output += batch * output_batch + head * output_head
+    query_token, key_token = _known(query_step, FEATURE_UNIT), _known(key_step, FEATURE_UNIT)
+    value_token, output_token = _known(value_step, CHANNEL_UNIT), _known(output_step, CHANNEL_UNIT)
+    size = num_lanes.to(tl.int64) * num_chunks * C
+    ahead_sums = sums + lane.to(tl.int64) * num_chunks * C
+    behind_sums = ahead_sums + size
+    if ROWS:
+        other += batch * other_batch + head * other_head
+        other_token = _known(other_step, CHANNEL_UNIT)
+        ahead_rows = rows + tl.program_id(0) * size + lane.to(tl.int64) * num_chunks * C
+        behind_rows = ahead_rows + tl.num_programs(0) * size
+    place, features = tl.arange(0, C), tl.arange(0, FB)
+    channels = tl.program_id(0) * (BV + VT) + tl.arange(0, BV)
+    direction: tl.constexpr = 1 if BACK else 0
+    state = _load_state(states, direction, segment, lane, features, channels, F, V, CARRIED)
+    if FT:
+        last_features = FB + tl.arange(0, FT)
+        low_state = _load_state(states, direction, segment, lane, last_features, channels, F, V, CARRIED)
+    if VT:
+        last_channels = tl.program_id(0) * (BV + VT) + BV + tl.arange(0, VT)
+        side_state = _load_state(states, direction, segment, lane, features, last_channels, F, V, CARRIED)
+    first = segment * chunks_of_segment
+    count = tl.minimum(chunks_of_segment, num_chunks - first)
+    for step in range(count):
+        start = (first + (count - 1 - step if BACK else step)) * C
+        q = _tile(query, start, query_token, place, features, num_tokens, F)
+        k = _tile(key, start, key_token, place, features, num_tokens, F)
+        v = _tile(value, start, value_token, place, channels, num_tokens, V)
+        if BACK:
+            whole = tl.load(behind_sums + start)
+            own = tl.load(behind_sums + start + place)
+        else:
+            whole = tl.load(ahead_sums + start + C - 1)
+            own = tl.load(ahead_sums + start + place)
+        if FT:
+            low_query = _tile(query, start, query_token, place, last_features, num_tokens, F)
+            low_key = _tile(key, start, key_token, place, last_features, num_tokens, F)
+        if ROWS:
+            others = _tile(other, start, other_token, place, channels, num_tokens, V)
+        if not BACK:
+            behind = tl.load(behind_sums + start + place)
+            weights = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if FT:
+                weights = tl.dot(low_query, tl.trans(low_key), weights, input_precision="ieee")
+            # Of the two differences, that of the direction from which a token is not seen is the positive one.
+            weights *= tl.exp2(tl.minimum(own[:, None] - own[None, :], behind[:, None] - behind[None, :]))
+            if ROWS:
+                pairs = weights * tl.dot(others, tl.trans(v), input_precision="ieee")
+                seen = tl.sum(tl.where(place[:, None] > place[None, :], pairs, 0.0), 1)
+                seen_behind = tl.sum(tl.where(place[:, None] < place[None, :], pairs, 0.0), 1)
+                tl.store(behind_rows + start + place, seen_behind)
+            weights = weights.to(v.dtype)
+        elif ROWS:
+            seen = tl.load(behind_rows + start + place)
+        result = tl.dot(q, state.to(q.dtype), input_precision="ieee")
+        if FT:
+            result = tl.dot(low_query, low_state.to(q.dtype), result, input_precision="ieee")
+        result *= tl.exp2(own)[:, None]
+        if ROWS:
+            seen += tl.sum(result * others, 1)
+            tl.store((behind_rows if BACK else ahead_rows) + start + place, seen)
+        if not BACK:
+            result = tl.dot(weights, v, result, input_precision="ieee")
+        _put(output, start, output_token, place, channels, num_tokens, result, V, BACK)
+        kept, to_whole = tl.exp2(whole), tl.exp2(whole - own)
+        if VT:
+            side = _tile(value, start, value_token, place, last_channels, num_tokens, V)
+            result = tl.dot(q, side_state.to(q.dtype), input_precision="ieee") * tl.exp2(own)[:, None]
+            if not BACK:
+                result = tl.dot(weights, side, result, input_precision="ieee")
+            _put(output, start, output_token, place, last_channels, num_tokens, result, V, BACK)
+            side = (side * to_whole[:, None]).to(k.dtype)
+            side_state = tl.dot(tl.trans(k), side, side_state * kept, input_precision="ieee")
+        v = (v * to_whole[:, None]).to(k.dtype)
+        state = tl.dot(tl.trans(k), v, state * kept, input_precision="ieee")
+        if FT:
+            low_state = tl.dot(tl.trans(low_key), v, low_state * kept, input_precision="ieee")

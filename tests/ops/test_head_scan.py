@@ -1,0 +1,115 @@
+"""The Triton kernels of gated scans compute the definition, forward and backward."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linearize.errors import LinearizeError
+from linearize.ops.gated_scan import bidirectional_gated_attention
+from linearize.ops.head_scan import MOST_FEATURES, STATE, TAIL, blocks_of, refusal
+from ops.scan_parity import CASES, Case, check_operators, parity
+
+# The interpreter needs no GPU; where there is one, the kernels themselves are tested.
+interpreter = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton, and no GPU"
+)
+
+
+@interpreter
+def test_kernels_by_the_interpreter_are_exact_in_float32():
+    script = Path(__file__).with_name("scan_parity.py")
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split("\t") for line in run.stdout.splitlines() if "\t" in line]
+    assert [row[0] for row in rows] == [*CASES, "single chunks"]
+    for name, *errors in rows:
+        # Sums of gates lose digits behind closed ones, and the gates' gradients behind sums of hundreds of tokens.
+        states, gates = (2e-5, 4e-4) if name == "closed gates" else (1e-6, 2e-5)
+        assert len(errors) == 6 and max(map(float, errors[:4])) < states and max(map(float, errors[4:])) < gates, name
+
+
+@given(num_features=st.integers(1, MOST_FEATURES), channels=st.integers(1, MOST_FEATURES), with_rows=st.booleans())
+def test_blocks_cover_all_features_and_channels_and_fit_a_program(num_features, channels, with_rows):
+    blocks = blocks_of(num_features, channels, with_rows)
+    assert num_features <= blocks.features + blocks.low_features
+    assert channels <= blocks.num_blocks * (blocks.channels + blocks.side_channels)
+    assert (blocks.num_blocks - 1) * (blocks.channels + blocks.side_channels) < channels
+    assert blocks.features * blocks.channels <= STATE
+    assert min(blocks.features, blocks.channels) >= 16
+    assert not blocks.side_channels or not (blocks.low_features or with_rows)
+    for power in (blocks.features, blocks.channels):
+        assert power & (power - 1) == 0
+    assert {blocks.low_features, blocks.side_channels} <= {0, TAIL}
+
+
+def test_without_a_gpu_the_kernels_say_why_not():
+    states = torch.randn(1, 2, 40, 16)
+    gate = torch.zeros(1, 2, 40, 1)
+    with pytest.raises(LinearizeError, match=r"triton cannot serve this call, as it needs a GPU, .* chunked or auto"):
+        bidirectional_gated_attention(states, states, states, gate, backend="triton")
+    assert refusal(states, 16, 16) == "it takes one gate in each head, not 16"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_on_a_gpu_are_as_exact_as_bf16(name):
+    *states, ahead, behind = parity(CASES[name]._replace(batch=2), dtype=torch.bfloat16, device="cuda")
+    assert max(states) < 6e-3
+    assert max(ahead, behind) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(128, 129), (128, 128), (64, 65), (64, 1), (192, 64), (256, 264)])
+def test_long_scans_are_cut_into_segments_and_as_exact(sizes):
+    *states, ahead, behind = parity(Case(2500, *sizes), dtype=torch.bfloat16, device="cuda", openness=6.0)
+    assert max(states) < 6e-3
+    assert max(ahead, behind) < 2e-2
+
+
+@pytest.mark.gpu
+def test_operators_satisfy_torchs_own_checks():
+    check_operators("cuda", torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_a_compiled_caller_has_no_graph_break_and_the_same_numbers():
+    query, key, value = (torch.randn(1, 640, 2, 64, device="cuda").bfloat16().transpose(1, 2) for _ in range(3))
+    gates = [-torch.rand(1, 2, 640, 1, device="cuda") / 16 for _ in range(2)]
+    leaves = [leaf.requires_grad_() for leaf in (query, key, value, *gates)]
+
+    def call(query, key, value, *gates):
+        return bidirectional_gated_attention(query * 1, key, value, *gates, backend="triton")
+
+    outputs = torch.compile(call, fullgraph=True)(*leaves), call(*leaves)
+    assert torch.equal(*outputs)
+    gradients = (torch.autograd.grad(output.float().square().sum(), leaves) for output in outputs)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernels_for_gates_of_heads():
+    query, key, value = (torch.randn(1, 2, 300, 64, device="cuda").bfloat16() for _ in range(3))
+    gate = -torch.rand(1, 2, 300, 1, device="cuda")
+    assert refusal(value, 64, 1) is None
+    outputs = (bidirectional_gated_attention(query, key, value, gate, backend=name) for name in ("auto", "triton"))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.gpu
+def test_types_and_sizes_that_the_kernels_do_not_take_are_told():
+    value = torch.randn(1, 2, 40, 300, device="cuda")
+    assert refusal(value, 64, 1) == "it computes in bfloat16, and query, key and value are float32"
+    assert refusal(value.bfloat16(), 64, 1) == "it takes at most 272 features and channels, not 300"
