@@ -15,8 +15,8 @@ from linearize.ops.fused_complement import _complement, _complement_backward, fu
 
 # grids, order, window; ragged and whole tiles, one and several images, in tiles and in rows
 CASES = {
-    "whole": ((Grid(32, 32),), TILE, 4),
-    "ragged": ((Grid(19, 37),), TILE, 3),
+    "whole": ((Grid(16, 32),), TILE, 4),
+    "ragged": ((Grid(17, 26),), TILE, 3),
     "two images": ((Grid(35, 17), Grid(5, 26)), None, 4),
     "itself": ((Grid(16, 24),), None, 1),
 }

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.block_tables import BLOCK
-from linearize.ops.complement_tables import complement_tables
+from linearize.ops.complement_tables import STRIP, complement_tables
 from linearize.ops.disc import coordinates
 
 CPU = torch.device("cpu")
@@ -32,15 +32,16 @@ def far_pairs(tables):
         queries = slice(first, first + columns)
         for other in tables.far_rows[row].nonzero()[:, 0].tolist():
             count[queries, rows[other][0] : sum(rows[other][:2])] += 1
-        for key_first, key_columns in tables.near_rows[begin:end].tolist():
-            away = (torch.arange(columns)[:, None] - torch.arange(key_columns)).abs()
-            count[queries, key_first : key_first + key_columns] += away > tables.reach
+        for key_first, left, key_columns in tables.strips[begin:end].tolist():
+            key_column = torch.arange(left, min(left + STRIP, key_columns))
+            away = (torch.arange(columns)[:, None] - key_column).abs()
+            count[queries, key_first : key_first + len(key_column)] += away > tables.reach
     return count
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    grids=st.lists(st.builds(Grid, st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=2),
+    grids=st.lists(st.builds(Grid, st.integers(1, 50), st.integers(1, 20)), min_size=1, max_size=2),
     window=st.integers(1, 40),
     tile=st.sampled_from([None, TILE]),
     size=st.sampled_from([32, 64, 128]),
@@ -54,6 +55,14 @@ def test_every_pair_outside_of_the_disc_is_counted_once(grids, window, tile, siz
     outside = (places[:, None] - places).square().sum(dim=-1) >= window**2
     count = near_pairs(tables, window, size) + far
     assert torch.equal(count[place[:, None], place], outside.long())
+
+
+def test_rows_that_are_longer_than_a_strip_are_added_up_whole():
+    columns = STRIP + 6
+    tables = complement_tables(Layout(0, (Grid(3 * TILE[0], columns * TILE[1]),)), 2, 64, CPU)
+    row, column = torch.arange(3).repeat_interleave(columns), torch.arange(columns).repeat(3)
+    expected = ((row[:, None] - row).abs() > 1) | ((column[:, None] - column).abs() > 1)
+    assert torch.equal(far_pairs(tables), expected.long())
 
 
 def test_tokens_in_whole_tiles_stay_where_they_are():

@@ -13,6 +13,9 @@ from linearize.ops.block_tables import BLOCK
 from linearize.ops.constant_tables import layout_table
 from linearize.ops.disc import coordinates
 
+# Blocks of one row that are added up at once.
+STRIP = 64
+
 
 @dataclass(frozen=True)
 class ComplementTables:
@@ -29,8 +32,8 @@ class ComplementTables:
         lists: [blocks, 2]: first entry of a block of queries, and the entry behind its last.
         entries: [entries, 3]: first slot of a unit of keys that is near and not all inside the discs of the block, and
             how many rows and columns of tokens it begins below and right of the block.
-        rows: [rows of blocks, 4]: first block, columns, first of its near rows, and the one behind the last.
-        near_rows: [near rows, 2]: first block, and columns.
+        rows: [rows of blocks, 4]: first block, columns, first of its near strips, and the one behind the last.
+        strips: [near strips, 3]: first block, its column, and the row's columns; up to `STRIP` blocks side by side.
         far_rows: [rows of blocks, rows of blocks] in float32: 1 where a row is out of reach.
     """
 
@@ -41,7 +44,7 @@ class ComplementTables:
     lists: Tensor
     entries: Tensor
     rows: Tensor
-    near_rows: Tensor
+    strips: Tensor
     far_rows: Tensor
 
 
@@ -65,9 +68,9 @@ def complement_tables(layout: Layout, window: int, size: int, device: torch.devi
     met = met[met[:, 0].argsort(stable=True)]
     ends = met[:, 0].bincount(minlength=sum(num_blocks)).cumsum(0)
     lists = torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], dim=1)
-    rows, near_rows, far_rows = _rows(sides, first, reach[0])
-    lists, entries, rows, near_rows = (
-        table.to(torch.int32).contiguous().to(device) for table in (lists, met[:, 1:], rows, near_rows)
+    rows, strips, far_rows = _rows(sides, first, reach[0])
+    lists, entries, rows, strips = (
+        table.to(torch.int32).contiguous().to(device) for table in (lists, met[:, 1:], rows, strips)
     )
     return ComplementTables(
         _place(layout, sides, first, device),
@@ -77,7 +80,7 @@ def complement_tables(layout: Layout, window: int, size: int, device: torch.devi
         lists,
         entries,
         rows,
-        near_rows,
+        strips,
         far_rows.to(device),
     )
 
@@ -133,16 +136,19 @@ def _farthest(query: Tensor, query_size: int, query_end: int, key: Tensor, key_s
 
 
 def _rows(sides: tuple[tuple[int, int], ...], first: list[int], reach: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`rows`, `near_rows` and `far_rows` of `ComplementTables`."""
-    number = torch.cat([torch.arange(rows) for rows, _ in sides])
-    places = torch.tensor(
-        [
-            (start + row * columns, columns)
-            for (rows, columns), start in zip(sides, first, strict=True)
-            for row in range(rows)
-        ]
-    )
-    near = (number[:, None] - number).abs() <= reach
+    """`rows`, `strips` and `far_rows` of `ComplementTables`."""
+    places = [
+        (row, start + row * columns, columns)
+        for (rows, columns), start in zip(sides, first, strict=True)
+        for row in range(rows)
+    ]
+    strips = [
+        (row, block + start, start, columns) for row, block, columns in places for start in range(0, columns, STRIP)
+    ]
+    number = torch.tensor([row for row, *_ in places])
+    near = (number[:, None] - torch.tensor([row for row, *_ in strips])).abs() <= reach
     ends = near.sum(dim=1).cumsum(0)
-    rows = torch.cat([places, (ends - near.sum(dim=1))[:, None], ends[:, None]], dim=1)
-    return rows, places[near.nonzero()[:, 1]], (~near).float()
+    begins = ends - near.sum(dim=1)
+    rows = torch.cat([torch.tensor(places)[:, 1:], begins[:, None], ends[:, None]], dim=1)
+    far_rows = ((number[:, None] - number).abs() > reach).float()
+    return rows, torch.tensor(strips)[near.nonzero()[:, 1], 1:], far_rows

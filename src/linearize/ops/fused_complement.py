@@ -12,14 +12,14 @@ from torch import Tensor
 
 from linearize.layout import Grid, Layout
 from linearize.ops.block_tables import BLOCK
-from linearize.ops.complement_tables import ComplementTables, complement_tables
+from linearize.ops.complement_tables import STRIP, ComplementTables, complement_tables
 from linearize.ops.precision import without_autocast
 from linearize.ops.triton_launch import Tiling, empty_token_major, with_near_channels
 from linearize.ops.triton_local import refusal
 
 TILING = Tiling(BLOCK, 64, 4, 2)
-# Numbers of a state in one program, and blocks of one row, where they are added up.
-_NUMBERS, _COLUMNS = 128, (16, 64)
+# Numbers of a state in one program, and the fewest blocks of one row, where they are added up.
+_NUMBERS, _FEWEST_BLOCKS = 128, 16
 _STATE_WARPS = 8
 
 
@@ -184,10 +184,10 @@ class _Blocks:
             )
             beyond, far = _beyond(states, tables), torch.empty_like(states)
             widest = max(columns for _, columns in tables.sides)
-            columns = min(max(1 << (widest - 1).bit_length(), _COLUMNS[0]), _COLUMNS[1])
+            columns = min(max(1 << (widest - 1).bit_length(), _FEWEST_BLOCKS), STRIP)
             num_rows = len(tables.rows)
             far_kernel[-(-size // _NUMBERS), num_rows * -(-widest // columns), lanes](
-                *(states, beyond, far, tables.rows, tables.near_rows),
+                *(states, beyond, far, tables.rows, tables.strips),
                 *(num_rows, tables.num_blocks, tables.reach),
                 SIZE=size,
                 QUERIES=columns,

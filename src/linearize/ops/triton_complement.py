@@ -55,7 +55,7 @@ def far_kernel(
     beyond,
     far,
     rows,
-    near_rows,
+    strips,
     num_rows,
     num_blocks,
     reach,
@@ -76,14 +76,13 @@ def far_kernel(
     first, num_columns, begin, end = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     states += lane * num_blocks * SIZE
     acc = tl.zeros([QUERIES, N], tl.float32)
-    for i in range(begin, end):
-        key_first, key_columns = tl.load(near_rows + i * 2), tl.load(near_rows + i * 2 + 1)
-        for start in range(0, key_columns, KEYS):
-            key_column = start + tl.arange(0, KEYS)
-            state_at = states + (key_first + key_column).to(tl.int64)[:, None] * SIZE + number[None, :]
-            state = tl.load(state_at, mask=(key_column < key_columns)[:, None] & counts[None, :], other=0.0)
-            beside = tl.abs(column[:, None] - key_column[None, :]) > reach
-            acc = tl.dot(beside.to(state.dtype), state, acc)
+    for i in tl.range(begin, end):
+        block, left, key_columns = tl.load(strips + i * 3), tl.load(strips + i * 3 + 1), tl.load(strips + i * 3 + 2)
+        key_column = left + tl.arange(0, KEYS)
+        state_at = states + (block + tl.arange(0, KEYS)).to(tl.int64)[:, None] * SIZE + number[None, :]
+        state = tl.load(state_at, mask=(key_column < key_columns)[:, None] & counts[None, :], other=0.0)
+        beside = tl.abs(column[:, None] - key_column[None, :]) > reach
+        acc = tl.dot(beside.to(state.dtype), state, acc)
     acc += tl.load(beyond + (lane * num_rows + row) * SIZE + number, mask=counts, other=0.0)[None, :]
     far_at = far + (lane * num_blocks + first + column)[:, None] * SIZE + number[None, :]
     tl.store(far_at, acc.to(far.dtype.element_ty), mask=(column < num_columns)[:, None] & counts[None, :])
