@@ -53,6 +53,7 @@ def test_every_pair_outside_of_the_disc_is_counted_once(grids, window, tile, siz
     place = torch.arange(layout.num_image_tokens) if tables.place is None else tables.place
     places = coordinates(layout)
     outside = (places[:, None] - places).square().sum(dim=-1) >= window**2
+    assert int(tables.lists.diff(dim=1).min()) > 0
     count = near_pairs(tables, window, size) + far
     assert torch.equal(count[place[:, None], place], outside.long())
 

@@ -29,9 +29,9 @@ class ComplementTables:
         num_blocks: Blocks of all grids.
         sides: Rows and columns of blocks of each grid.
         reach: Columns of blocks within reach to either side.
-        lists: [blocks, 2]: first entry of a block of queries, and the entry behind its last.
-        entries: [entries, 3]: first slot of a unit of keys that is near and not all inside the discs of the block, and
-            how many rows and columns of tokens it begins below and right of the block.
+        lists: [blocks, 2]: first entry of a block of queries, and the entry behind its last; none is empty.
+        entries: [entries, 3]: first slot of a unit of keys that is near and not all inside the discs of the block, or
+            is its own, and how many rows and columns of tokens it begins below and right of the block.
         rows: [rows of blocks, 4]: first block, columns, first of its near strips, and the one behind the last.
         strips: [near strips, 3]: first block, its column, and the row's columns; up to `STRIP` blocks side by side.
         far_rows: [rows of blocks, rows of blocks] in float32: 1 where a row is out of reach.
@@ -121,9 +121,10 @@ def _met(
     exists = (key_row >= 0) & (key_column >= 0) & (key_column < key_columns) & (top < key_grid.height)
     across = _farthest(row * TILE[0], TILE[0], query_grid.height, top, size // TILE[1], key_grid.height)
     along = _farthest(column * TILE[1], TILE[1], query_grid.width, left, TILE[1], key_grid.width)
-    kept = exists & (across.square() + along.square() >= window**2)
     block = first_query + row * columns + column
     slot = (first_key + key_row * key_columns + key_column) * BLOCK + part * size
+    # A block always meets its own first unit, as no list may be empty.
+    kept = exists & ((across.square() + along.square() >= window**2) | (slot == block * BLOCK))
     entries = (block, slot, down * TILE[0] + skipped, right * TILE[1])
     return torch.stack([numbers[kept] for numbers in entries], dim=1)
 

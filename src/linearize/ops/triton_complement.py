@@ -148,6 +148,8 @@ def outside_kernel(
         acc += tl.load(far + F * C + channel).to(tl.float32)[None, :]
     own_slot, other_slot = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
     begin, end = tl.load(lists + block * 2), tl.load(lists + block * 2 + 1)
+    # No list is empty. A path around the loop would make the products in it wait for one another.
+    tl.assume(begin < end)
     for i in tl.range(begin, end):
         first, down, right = tl.load(entries + i * 3), tl.load(entries + i * 3 + 1), tl.load(entries + i * 3 + 2)
         keys = tl.load(_rows_at(key, first, key_slot, N, F))
