@@ -24,7 +24,9 @@ MOST_FEATURES = 256 + 16
 # Channels beside a power of two that a program takes along.
 TAIL = 16
 # A chunk is as many tokens as the rows of four warps' products.
-WARPS, STAGES = 4, 2
+WARPS = 4
+# Chunks that are under way at a time; more would leave room for one program only on a processor.
+TOTALS_STAGES, WALK_STAGES = 3, 2
 # Chunks of a program that sums gates, and numbers of one that carries states on.
 CHUNKS_AT_ONCE, NUMBERS_AT_ONCE = 16, 1024
 
@@ -130,6 +132,7 @@ def _scan(
     states, kept = (sums.new_empty(2, num_segments, lanes, *sizes) for sizes in ((num_features, value.shape[3]), ()))
     rows = sums.new_empty(2, 0 if other is None else blocks.num_blocks, lanes, num_chunks * CHUNK)
     counts = (num_heads, num_tokens, num_chunks)
+    of_features, of_channels = _unit(query, key), _unit(value, output, beside)
     grid = (blocks.num_blocks, num_segments, lanes)
     cut: dict[str, int] = {
         "F": num_features,
@@ -139,30 +142,31 @@ def _scan(
         "BV": blocks.channels,
         "VT": blocks.side_channels,
         "C": CHUNK,
-        "FEATURE_UNIT": _unit(query, key),
-        "CHANNEL_UNIT": _unit(value, output, beside),
+        "FEATURE_UNIT": of_features,
+        "CHANNEL_UNIT": of_channels,
         "num_warps": WARPS,
-        "num_stages": STAGES,
     }
     # Triton starts kernels on the current GPU, which need not be the tensors'.
     with torch.cuda.device_of(query):
         triton_scan.sums_kernel[-(-num_chunks // CHUNKS_AT_ONCE), lanes](
-            *(forward_gate, backward_gate, sums, *_steps(forward_gate, backward_gate), *counts),
+            *(forward_gate, backward_gate, sums, *_steps(1, forward_gate, backward_gate), *counts),
             FLOOR=FLOOR,
             C=CHUNK,
             M=CHUNKS_AT_ONCE,
         )
         if num_segments > 1:
-            given = (key, value, sums, states, kept, *_steps(key, value), *counts, chunks_of_segment)
-            triton_scan.totals_kernel[grid](*given, **cut)
+            steps = (*_steps(of_features, key), *_steps(of_channels, value))
+            given = (key, value, sums, states, kept, *steps, *counts, chunks_of_segment)
+            triton_scan.totals_kernel[grid](*given, **cut, num_stages=TOTALS_STAGES)
             size = num_features * value.shape[3]
             triton_scan.carry_kernel[-(-size // NUMBERS_AT_ONCE), lanes, 2](
                 states, kept, num_segments, SIZE=size, M=NUMBERS_AT_ONCE
             )
-        strided = (query, key, value, output, beside)
-        given = (*strided, sums, states, rows, *_steps(*strided), *counts, chunks_of_segment)
+        steps = (*_steps(of_features, query, key), *_steps(of_channels, value, output, beside))
+        given = (query, key, value, output, beside, sums, states, rows, *steps, *counts, chunks_of_segment)
         for back in (False, True):
-            triton_scan.walk_kernel[grid](*given, **cut, BACK=back, CARRIED=num_segments > 1, ROWS=other is not None)
+            cases = {"BACK": back, "CARRIED": num_segments > 1, "ROWS": other is not None}
+            triton_scan.walk_kernel[grid](*given, **cut, **cases, num_stages=WALK_STAGES)
     found = rows.sum(dim=1).view(2, batch, num_heads, -1)[..., :num_tokens, None]
     return output, found.contiguous()
 
@@ -178,14 +182,14 @@ def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _steps(*tensors: Tensor) -> tuple[int, ...]:
-    """Strides of batch, heads and tokens."""
-    return tuple(step for tensor in tensors for step in tensor.stride()[:3])
+def _steps(unit: int, *tensors: Tensor) -> tuple[int, ...]:
+    """Strides of batch, heads and tokens, in units."""
+    return tuple(step // unit for tensor in tensors for step in tensor.stride()[:3])
 
 
 def _unit(*tensors: Tensor) -> int:
-    """Of how many numbers all tokens' places are multiples, at most the eight that are read as one."""
-    return 8 if all(step % 8 == 0 for step in _steps(*tensors)) else 1
+    """Of how many numbers all these strides are multiples: the eight that are read as one word, or one."""
+    return 8 if all(step % 8 == 0 for step in _steps(1, *tensors)) else 1
 
 
 def refusal(value: Tensor, num_features: int, gate_width: int) -> str | None:

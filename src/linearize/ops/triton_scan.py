@@ -5,9 +5,10 @@ One kernel walks the chunks of each segment and finds what it adds to the states
 these states from segment to segment; then every segment is walked again, first forward, then backward, with the state
 [features x channels] in registers: no state of a chunk is ever written.
 
-Features are FB, and FT behind them (0 or 16); a block of channels is BV, and VT behind them (0 or 16).
-Exponents are differences of the gates' sums within a chunk, to base 2, of what is later less what is earlier on the
-way: none is positive.
+Features are FB, and FT behind them (0 or 16); a block of channels is BV, and VT behind them (0 or 16). Exponents are
+differences of the gates' sums within a chunk, to base 2, of what is later less what is earlier on the way: none is
+positive. Strides of query and key are in FEATURE_UNITs, those of value and output in CHANNEL_UNITs, by which the
+compiler knows that it may read whole words.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers for whose values no kernel is compiled anew.
+_COUNTS = ["num_heads", "num_tokens", "num_chunks", "chunks_of_segment"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_COUNTS)
 def sums_kernel(
     ahead,
     behind,
@@ -55,12 +59,6 @@ def sums_kernel(
 
 
 @triton.jit
-def _known(step, UNIT: tl.constexpr):
-    """A stride, of which the compiler is told that it is a multiple, so that it reads whole words."""
-    return tl.multiple_of(step, UNIT) if UNIT > 1 else step
-
-
-@triton.jit
 def _tile(pointer, start, step, place, channel, num_tokens, WIDTH: tl.constexpr):
     """The numbers of C tokens from `start` on, zeros where there is no token or channel."""
     at = (place * step)[:, None] + channel[None, :]
@@ -69,13 +67,11 @@ def _tile(pointer, start, step, place, channel, num_tokens, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _put(pointer, start, step, place, channel, num_tokens, result, WIDTH: tl.constexpr, ADD: tl.constexpr):
-    """Writes the numbers of C tokens, or adds them to what is there."""
-    at = pointer + start.to(tl.int64) * step + ((place * step)[:, None] + channel[None, :])
+def _put(pointer, start, step, place, channel, num_tokens, numbers, WIDTH: tl.constexpr):
+    """Writes what `_tile` reads."""
+    at = (place * step)[:, None] + channel[None, :]
     mask = (start + place < num_tokens)[:, None] & (channel < WIDTH)[None, :]
-    if ADD:
-        result += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, result.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer + start.to(tl.int64) * step + at, numbers.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -109,7 +105,7 @@ def _store_states(
     tl.store(states + at, behind_state, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def totals_kernel(
     key,
     value,
@@ -139,9 +135,9 @@ def totals_kernel(
     """What a segment adds to the states behind and before it, and in `kept`, [2, segments, lanes], what it leaves."""
     segment, lane, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     batch, head = (lane // num_heads).to(tl.int64), (lane % num_heads).to(tl.int64)
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
-    key_token, value_token = _known(key_step, FEATURE_UNIT), _known(value_step, CHANNEL_UNIT)
+    key += (batch * key_batch + head * key_head) * FEATURE_UNIT
+    value += (batch * value_batch + head * value_head) * CHANNEL_UNIT
+    key_token, value_token = key_step * FEATURE_UNIT, value_step * CHANNEL_UNIT
     ahead_sums = sums + lane.to(tl.int64) * num_chunks * C
     behind_sums = ahead_sums + num_lanes.to(tl.int64) * num_chunks * C
     place, features = tl.arange(0, C), tl.arange(0, FB)
@@ -188,7 +184,7 @@ def totals_kernel(
     tl.store(kept + (tl.num_programs(1) + segment) * num_lanes + lane, behind_kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])
 def carry_kernel(states, kept, num_segments, SIZE: tl.constexpr, M: tl.constexpr):
     """In place of what segments add, the state of all earlier ones (first half) or all later ones (second half)."""
     lane, direction, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
@@ -203,7 +199,7 @@ def carry_kernel(states, kept, num_segments, SIZE: tl.constexpr, M: tl.constexpr
         state = state * tl.exp2(tl.load(kept + place)) + added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def walk_kernel(
     query,
     key,
@@ -252,18 +248,18 @@ def walk_kernel(
     """
     segment, lane, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     batch, head = (lane // num_heads).to(tl.int64), (lane % num_heads).to(tl.int64)
-    query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
-    output += batch * output_batch + head * output_head
-    query_token, key_token = _known(query_step, FEATURE_UNIT), _known(key_step, FEATURE_UNIT)
-    value_token, output_token = _known(value_step, CHANNEL_UNIT), _known(output_step, CHANNEL_UNIT)
+    query += (batch * query_batch + head * query_head) * FEATURE_UNIT
+    key += (batch * key_batch + head * key_head) * FEATURE_UNIT
+    value += (batch * value_batch + head * value_head) * CHANNEL_UNIT
+    output += (batch * output_batch + head * output_head) * CHANNEL_UNIT
+    query_token, key_token = query_step * FEATURE_UNIT, key_step * FEATURE_UNIT
+    value_token, output_token = value_step * CHANNEL_UNIT, output_step * CHANNEL_UNIT
     size = num_lanes.to(tl.int64) * num_chunks * C
     ahead_sums = sums + lane.to(tl.int64) * num_chunks * C
     behind_sums = ahead_sums + size
     if ROWS:
-        other += batch * other_batch + head * other_head
-        other_token = _known(other_step, CHANNEL_UNIT)
+        other += (batch * other_batch + head * other_head) * CHANNEL_UNIT
+        other_token = other_step * CHANNEL_UNIT
         ahead_rows = rows + tl.program_id(0) * size + lane.to(tl.int64) * num_chunks * C
         behind_rows = ahead_rows + tl.num_programs(0) * size
     place, features = tl.arange(0, C), tl.arange(0, FB)
@@ -284,6 +280,10 @@ def walk_kernel(
         k = _tile(key, start, key_token, place, features, num_tokens, F)
         v = _tile(value, start, value_token, place, channels, num_tokens, V)
         if BACK:
+            # Read early, as the products that it is added to take a while.
+            ahead_result = _tile(output, start, output_token, place, channels, num_tokens, V)
+            if VT:
+                ahead_side_result = _tile(output, start, output_token, place, last_channels, num_tokens, V)
             whole = tl.load(behind_sums + start)
             own = tl.load(behind_sums + start + place)
         else:
@@ -316,16 +316,20 @@ def walk_kernel(
         if ROWS:
             seen += tl.sum(result * others, 1)
             tl.store((behind_rows if BACK else ahead_rows) + start + place, seen)
-        if not BACK:
+        if BACK:
+            result += ahead_result.to(tl.float32)
+        else:
             result = tl.dot(weights, v, result, input_precision="ieee")
-        _put(output, start, output_token, place, channels, num_tokens, result, V, BACK)
+        _put(output, start, output_token, place, channels, num_tokens, result, V)
         kept, to_whole = tl.exp2(whole), tl.exp2(whole - own)
         if VT:
             side = _tile(value, start, value_token, place, last_channels, num_tokens, V)
             result = tl.dot(q, side_state.to(q.dtype), input_precision="ieee") * tl.exp2(own)[:, None]
-            if not BACK:
+            if BACK:
+                result += ahead_side_result.to(tl.float32)
+            else:
                 result = tl.dot(weights, side, result, input_precision="ieee")
-            _put(output, start, output_token, place, last_channels, num_tokens, result, V, BACK)
+            _put(output, start, output_token, place, last_channels, num_tokens, result, V)
             side = (side * to_whole[:, None]).to(k.dtype)
             side_state = tl.dot(tl.trans(k), side, side_state * kept, input_precision="ieee")
         v = (v * to_whole[:, None]).to(k.dtype)
