@@ -76,6 +76,7 @@ def far_kernel(
     first, num_columns, begin, end = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     states += lane * num_blocks * SIZE
     acc = tl.zeros([QUERIES, N], tl.float32)
+    tl.assume(begin < end)
     for i in tl.range(begin, end):
         block, left, key_columns = tl.load(strips + i * 3), tl.load(strips + i * 3 + 1), tl.load(strips + i * 3 + 2)
         key_column = left + tl.arange(0, KEYS)
