@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from linearize.ops.scan_gradients import FLOOR, scan_gradients
 from linearize.ops.scan_probe import failure
-from linearize.ops.triton_launch import empty_token_major, with_near_channels
+from linearize.ops.triton_launch import empty_token_major, num_processors, with_near_channels
 
 # Tokens of a chunk, within which weights are explicit.
 CHUNK = 64
@@ -25,8 +27,9 @@ MOST_FEATURES = 256 + 16
 TAIL = 16
 # A chunk is as many tokens as the rows of four warps' products.
 WARPS = 4
-# Chunks that are under way at a time; more would leave room for one program only on a processor.
-TOTALS_STAGES, WALK_STAGES = 3, 2
+# Chunks under way at a time, with few and with many features; with more, a processor has no room for two programs.
+TOTALS_STAGES, WALK_STAGES = 3, (3, 2)
+FEW_FEATURES = 64
 # Chunks of a program that sums gates, and numbers of one that carries states on.
 CHUNKS_AT_ONCE, NUMBERS_AT_ONCE = 16, 1024
 
@@ -118,68 +121,94 @@ def _scan(
     query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, backward_gate: Tensor, other: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The output, and the products of `head_scan_with_rows`, which are of no meaning without `other`."""
-    from linearize.ops import triton_scan
-
     query, key, value = (with_near_channels(states) for states in (query, key, value))
     beside = value if other is None else with_near_channels(other)
     output = empty_token_major(value)
     batch, num_heads, num_tokens, num_features = query.shape
-    lanes, num_chunks = batch * num_heads, -(-num_tokens // CHUNK)
-    blocks = blocks_of(num_features, value.shape[3], with_rows=other is not None)
+    channels, lanes, num_chunks = value.shape[3], batch * num_heads, -(-num_tokens // CHUNK)
+    blocks = blocks_of(num_features, channels, with_rows=other is not None)
     chunks_of_segment = _chunks_of_segment(num_chunks, lanes * blocks.num_blocks, query.device)
     num_segments = -(-num_chunks // chunks_of_segment)
     sums = value.new_empty(2, lanes, num_chunks, CHUNK, dtype=torch.float32)
-    states, kept = (sums.new_empty(2, num_segments, lanes, *sizes) for sizes in ((num_features, value.shape[3]), ()))
+    states, kept = (sums.new_empty(2, num_segments, lanes, *sizes) for sizes in ((num_features, channels), ()))
     rows = sums.new_empty(2, 0 if other is None else blocks.num_blocks, lanes, num_chunks * CHUNK)
     counts = (num_heads, num_tokens, num_chunks)
-    of_features, of_channels = _unit(query, key), _unit(value, output, beside)
-    grid = (blocks.num_blocks, num_segments, lanes)
-    cut: dict[str, int] = {
+    units = _unit(query, key), _unit(value, output, beside)
+    cut = _constants(num_features, channels, blocks, units)
+    # Triton starts kernels on the current GPU, which need not be the tensors'.
+    with torch.cuda.device_of(query):
+        _launch_sums(forward_gate, backward_gate, sums, counts)
+        if num_segments > 1:
+            _launch_totals(key, value, sums, states, kept, (*counts, chunks_of_segment), blocks.num_blocks, cut)
+        steps = (*_steps(units[0], query, key), *_steps(units[1], value, output, beside))
+        given = (query, key, value, output, beside, sums, states, rows, *steps, *counts, chunks_of_segment)
+        for back in (False, True):
+            cases = {"BACK": back, "CARRIED": num_segments > 1, "ROWS": other is not None}
+            kernel = _kernels().walk_kernel[blocks.num_blocks, num_segments, lanes]
+            kernel(*given, **cut, **cases, num_stages=WALK_STAGES[blocks.features > FEW_FEATURES])
+    if other is None:
+        return output, rows
+    found = rows.sum(dim=1).view(2, batch, num_heads, -1)[..., :num_tokens, None]
+    return output, found.contiguous()
+
+
+def _constants(num_features: int, channels: int, blocks: Blocks, units: tuple[int, int]) -> dict[str, int]:
+    """What kernels that walk chunks are compiled for."""
+    return {
         "F": num_features,
-        "V": value.shape[3],
+        "V": channels,
         "FB": blocks.features,
         "FT": blocks.low_features,
         "BV": blocks.channels,
         "VT": blocks.side_channels,
         "C": CHUNK,
-        "FEATURE_UNIT": of_features,
-        "CHANNEL_UNIT": of_channels,
+        "FEATURE_UNIT": units[0],
+        "CHANNEL_UNIT": units[1],
         "num_warps": WARPS,
     }
-    # Triton starts kernels on the current GPU, which need not be the tensors'.
-    with torch.cuda.device_of(query):
-        triton_scan.sums_kernel[-(-num_chunks // CHUNKS_AT_ONCE), lanes](
-            *(forward_gate, backward_gate, sums, *_steps(1, forward_gate, backward_gate), *counts),
-            FLOOR=FLOOR,
-            C=CHUNK,
-            M=CHUNKS_AT_ONCE,
-        )
-        if num_segments > 1:
-            steps = (*_steps(of_features, key), *_steps(of_channels, value))
-            given = (key, value, sums, states, kept, *steps, *counts, chunks_of_segment)
-            triton_scan.totals_kernel[grid](*given, **cut, num_stages=TOTALS_STAGES)
-            size = num_features * value.shape[3]
-            triton_scan.carry_kernel[-(-size // NUMBERS_AT_ONCE), lanes, 2](
-                states, kept, num_segments, SIZE=size, M=NUMBERS_AT_ONCE
-            )
-        steps = (*_steps(of_features, query, key), *_steps(of_channels, value, output, beside))
-        given = (query, key, value, output, beside, sums, states, rows, *steps, *counts, chunks_of_segment)
-        for back in (False, True):
-            cases = {"BACK": back, "CARRIED": num_segments > 1, "ROWS": other is not None}
-            triton_scan.walk_kernel[grid](*given, **cut, **cases, num_stages=WALK_STAGES)
-    found = rows.sum(dim=1).view(2, batch, num_heads, -1)[..., :num_tokens, None]
-    return output, found.contiguous()
+
+
+def _launch_sums(forward_gate: Tensor, backward_gate: Tensor, sums: Tensor, counts: tuple[int, ...]) -> None:
+    """Fills [2, lanes, chunks, CHUNK]."""
+    _, lanes, num_chunks, _ = sums.shape
+    _kernels().sums_kernel[-(-num_chunks // CHUNKS_AT_ONCE), lanes](
+        *(forward_gate, backward_gate, sums, *_steps(1, forward_gate, backward_gate), *counts),
+        FLOOR=FLOOR,
+        C=CHUNK,
+        M=CHUNKS_AT_ONCE,
+    )
+
+
+def _launch_totals(
+    key: Tensor,
+    value: Tensor,
+    sums: Tensor,
+    states: Tensor,
+    kept: Tensor,
+    counts: tuple[int, ...],
+    num_blocks: int,
+    cut: dict[str, int],
+) -> None:
+    """Fills the states that segments start from, [2, segments, lanes, num_features, channels]."""
+    _, num_segments, lanes, *sizes = states.shape
+    steps = (*_steps(cut["FEATURE_UNIT"], key), *_steps(cut["CHANNEL_UNIT"], value))
+    kernel = _kernels().totals_kernel[num_blocks, num_segments, lanes]
+    kernel(key, value, sums, states, kept, *steps, *counts, **cut, num_stages=TOTALS_STAGES)
+    kernel = _kernels().carry_kernel[-(-math.prod(sizes) // NUMBERS_AT_ONCE), lanes, 2]
+    kernel(states, kept, num_segments, SIZE=math.prod(sizes), M=NUMBERS_AT_ONCE)
+
+
+def _kernels() -> ModuleType:
+    """Imports triton, which only machines with a GPU have."""
+    from linearize.ops import triton_scan
+
+    return triton_scan
 
 
 def _chunks_of_segment(num_chunks: int, programs: int, device: torch.device) -> int:
     """So many chunks that all segments of `programs` lanes and blocks together keep the GPU busy."""
-    num_segments = min(PROGRAMS * _num_processors(device) // programs, num_chunks // FEWEST_CHUNKS)
+    num_segments = min(PROGRAMS * num_processors(device) // programs, num_chunks // FEWEST_CHUNKS)
     return -(-num_chunks // max(1, num_segments))
-
-
-@lru_cache(maxsize=16)
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _steps(unit: int, *tensors: Tensor) -> tuple[int, ...]:

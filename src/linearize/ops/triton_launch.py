@@ -46,7 +46,7 @@ class Plan:
         self.batch, self.num_heads, self.num_tokens, self.head_dim = shape
         self.lanes = self.batch * self.num_heads
         self.device = device
-        self.share = self.lanes / _num_processors(device)
+        self.share = self.lanes / num_processors(device)
         self.on_hopper = serves(self.layout, region, self.head_dim, device)
         with torch.inference_mode(False):
             self.empty = torch.empty(0, dtype=torch.float32, device=device)
@@ -155,5 +155,6 @@ def empty_token_major(states: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
+    """Of a GPU; elsewhere one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
