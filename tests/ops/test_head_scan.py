@@ -63,7 +63,7 @@ def test_without_a_gpu_the_kernels_say_why_not():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["ragged", "aligned mass", "closed gates"])
 def test_kernels_on_a_gpu_are_as_exact_as_bf16(name):
     *states, ahead, behind = parity(CASES[name]._replace(batch=2), dtype=torch.bfloat16, device="cuda")
     assert max(states) < 6e-3
@@ -71,7 +71,7 @@ def test_kernels_on_a_gpu_are_as_exact_as_bf16(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(128, 129), (128, 128), (64, 65), (64, 1), (192, 64), (256, 264)])
+@pytest.mark.parametrize("sizes", [(128, 136), (64, 1), (192, 65)])
 def test_long_scans_are_cut_into_segments_and_as_exact(sizes):
     *states, ahead, behind = parity(Case(2500, *sizes), dtype=torch.bfloat16, device="cuda", openness=6.0)
     assert max(states) < 6e-3
