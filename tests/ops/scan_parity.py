@@ -38,7 +38,7 @@ class Case(NamedTuple):
 CASES = {
     "one chunk": Case(37, 16, 16, batch=3),
     "whole chunks": Case(128, 32, 32),
-    "ragged": Case(331, 48, 32),
+    "ragged": Case(200, 48, 32),
     "mass beside values": Case(150, 32, 33),
     "aligned mass": Case(150, 64, 72, head_major=True),
     "mass alone": Case(130, 32, 1),

@@ -144,7 +144,7 @@ def _scan(
         given = (query, key, value, output, beside, sums, states, rows, *steps, *counts, chunks_of_segment)
         for back in (False, True):
             cases = {"BACK": back, "CARRIED": num_segments > 1, "ROWS": other is not None}
-            kernel = _kernels().walk_kernel[blocks.num_blocks, num_segments, lanes]
+            kernel = _kernels().walk_kernel[blocks.num_blocks, lanes, num_segments]
             kernel(*given, **cut, **cases, num_stages=WALK_STAGES[blocks.features > FEW_FEATURES])
     if other is None:
         return output, rows
@@ -192,7 +192,7 @@ def _launch_totals(
     """Fills the states that segments start from, [2, segments, lanes, num_features, channels]."""
     _, num_segments, lanes, *sizes = states.shape
     steps = (*_steps(cut["FEATURE_UNIT"], key), *_steps(cut["CHANNEL_UNIT"], value))
-    kernel = _kernels().totals_kernel[num_blocks, num_segments, lanes]
+    kernel = _kernels().totals_kernel[num_blocks, lanes, num_segments]
     kernel(key, value, sums, states, kept, *steps, *counts, **cut, num_stages=TOTALS_STAGES)
     kernel = _kernels().carry_kernel[-(-math.prod(sizes) // NUMBERS_AT_ONCE), lanes, 2]
     kernel(states, kept, num_segments, SIZE=math.prod(sizes), M=NUMBERS_AT_ONCE)

@@ -74,21 +74,23 @@ def _put(pointer, start, step, place, channel, num_tokens, numbers, WIDTH: tl.co
     tl.store(pointer + start.to(tl.int64) * step + at, numbers.to(pointer.dtype.element_ty), mask=mask)
 
 
+# Programs that walk chunks are for blocks of channels, lanes and segments, in this order: at a time, those of all heads
+# read the same tokens, which often lie side by side.
+
+
 @triton.jit
-def _state_at(direction, segment, lane, num_lanes, features, channels, F: tl.constexpr, V: tl.constexpr):
-    """Where numbers of a segment's state lie, [2, segments, lanes, features, channels], and which of them there are."""
-    number = (direction * tl.num_programs(1) + segment) * num_lanes + lane
+def _state_at(direction, features, channels, F: tl.constexpr, V: tl.constexpr):
+    """Where numbers of a program's state lie, [2, segments, lanes, features, channels], and which of them there are."""
+    number = (direction * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + tl.program_id(1)
     at = number.to(tl.int64) * (F * V) + (features[:, None] * V + channels[None, :])
     return at, (features < F)[:, None] & (channels < V)[None, :]
 
 
 @triton.jit
-def _load_state(
-    states, direction, segment, lane, features, channels, F: tl.constexpr, V: tl.constexpr, CARRIED: tl.constexpr
-):
+def _load_state(states, direction, features, channels, F: tl.constexpr, V: tl.constexpr, CARRIED: tl.constexpr):
     """The state that a segment starts from."""
     if CARRIED:
-        at, mask = _state_at(direction, segment, lane, tl.num_programs(2), features, channels, F, V)
+        at, mask = _state_at(direction, features, channels, F, V)
         state = tl.load(states + at, mask=mask, other=0.0)
     else:
         state = tl.zeros((features.shape[0], channels.shape[0]), tl.float32)
@@ -96,12 +98,10 @@ def _load_state(
 
 
 @triton.jit
-def _store_states(
-    states, segment, lane, features, channels, ahead_state, behind_state, F: tl.constexpr, V: tl.constexpr
-):
-    at, mask = _state_at(0, segment, lane, tl.num_programs(2), features, channels, F, V)
+def _store_states(states, features, channels, ahead_state, behind_state, F: tl.constexpr, V: tl.constexpr):
+    at, mask = _state_at(0, features, channels, F, V)
     tl.store(states + at, ahead_state, mask=mask)
-    at, mask = _state_at(1, segment, lane, tl.num_programs(2), features, channels, F, V)
+    at, mask = _state_at(1, features, channels, F, V)
     tl.store(states + at, behind_state, mask=mask)
 
 
@@ -133,7 +133,7 @@ def totals_kernel(
     CHANNEL_UNIT: tl.constexpr,
 ):
     """What a segment adds to the states behind and before it, and in `kept`, [2, segments, lanes], what it leaves."""
-    segment, lane, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    lane, segment, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     batch, head = (lane // num_heads).to(tl.int64), (lane % num_heads).to(tl.int64)
     key += (batch * key_batch + head * key_head) * FEATURE_UNIT
     value += (batch * value_batch + head * value_head) * CHANNEL_UNIT
@@ -174,14 +174,14 @@ def totals_kernel(
             behind_side = tl.dot(tl.trans(k), behind_v, behind_side, input_precision="ieee")
         ahead_kept += end
         behind_kept += begin
-    _store_states(states, segment, lane, features, channels, ahead_state, behind_state, F, V)
+    _store_states(states, features, channels, ahead_state, behind_state, F, V)
     if FT:
-        _store_states(states, segment, lane, last_features, channels, ahead_low, behind_low, F, V)
+        _store_states(states, last_features, channels, ahead_low, behind_low, F, V)
     if VT:
-        _store_states(states, segment, lane, features, last_channels, ahead_side, behind_side, F, V)
+        _store_states(states, features, last_channels, ahead_side, behind_side, F, V)
     # Every block of channels finds the same.
     tl.store(kept + segment * num_lanes + lane, ahead_kept)
-    tl.store(kept + (tl.num_programs(1) + segment) * num_lanes + lane, behind_kept)
+    tl.store(kept + (tl.num_programs(2) + segment) * num_lanes + lane, behind_kept)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -246,7 +246,7 @@ def walk_kernel(
     With ROWS, `rows`, [2, blocks of channels, lanes, chunks x C], are products of `other` and of what each token sees
     of all earlier and of all later ones, without itself.
     """
-    segment, lane, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    lane, segment, num_lanes = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     batch, head = (lane // num_heads).to(tl.int64), (lane % num_heads).to(tl.int64)
     query += (batch * query_batch + head * query_head) * FEATURE_UNIT
     key += (batch * key_batch + head * key_head) * FEATURE_UNIT
@@ -265,13 +265,13 @@ def walk_kernel(
     place, features = tl.arange(0, C), tl.arange(0, FB)
     channels = tl.program_id(0) * (BV + VT) + tl.arange(0, BV)
     direction: tl.constexpr = 1 if BACK else 0
-    state = _load_state(states, direction, segment, lane, features, channels, F, V, CARRIED)
+    state = _load_state(states, direction, features, channels, F, V, CARRIED)
     if FT:
         last_features = FB + tl.arange(0, FT)
-        low_state = _load_state(states, direction, segment, lane, last_features, channels, F, V, CARRIED)
+        low_state = _load_state(states, direction, last_features, channels, F, V, CARRIED)
     if VT:
         last_channels = tl.program_id(0) * (BV + VT) + BV + tl.arange(0, VT)
-        side_state = _load_state(states, direction, segment, lane, features, last_channels, F, V, CARRIED)
+        side_state = _load_state(states, direction, features, last_channels, F, V, CARRIED)
     first = segment * chunks_of_segment
     count = tl.minimum(chunks_of_segment, num_chunks - first)
     for step in range(count):
