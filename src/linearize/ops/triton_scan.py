@@ -44,18 +44,23 @@ def sums_kernel(
     """
     lane = tl.program_id(1).to(tl.int64)
     batch, head = lane // num_heads, lane % num_heads
-    chunk = tl.program_id(0) * M + tl.arange(0, M)
-    token = chunk[:, None] * C + tl.arange(0, C)[None, :]
-    exists, wide = token < num_tokens, token.to(tl.int64)
+    chunk, place = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, C)
+    ahead += batch * ahead_batch + head * ahead_head
+    behind += batch * behind_batch + head * behind_head
+    sums += lane * num_chunks * C
+    token = chunk[:, None] * C + place[None, :]
+    _sum_gates(ahead, sums, token, ahead_token, num_tokens, num_chunks * C, FLOOR)
+    sums += tl.num_programs(1).to(tl.int64) * num_chunks * C
+    token = chunk[:, None] * C + (C - 1 - place)[None, :]
+    _sum_gates(behind, sums, token, behind_token, num_tokens, num_chunks * C, FLOOR)
+
+
+@triton.jit
+def _sum_gates(gates, sums, token, step, num_tokens, num_places, FLOOR: tl.constexpr):
+    """Writes sums of each row of tokens from the first on; in places without a token they stay what they are."""
+    found = tl.load(gates + token.to(tl.int64) * step, mask=token < num_tokens, other=0.0).to(tl.float32)
     scale: tl.constexpr = 1.4426950408889634
-    gates = tl.load(ahead + batch * ahead_batch + head * ahead_head + wide * ahead_token, mask=exists, other=0.0)
-    total = tl.cumsum(tl.maximum(gates.to(tl.float32), FLOOR) * scale, 1)
-    at = lane * num_chunks * C + token
-    is_chunk = (chunk < num_chunks)[:, None]
-    tl.store(sums + at, total, mask=is_chunk)
-    gates = tl.load(behind + batch * behind_batch + head * behind_head + wide * behind_token, mask=exists, other=0.0)
-    total = tl.cumsum(tl.maximum(gates.to(tl.float32), FLOOR) * scale, 1, reverse=True)
-    tl.store(sums + tl.num_programs(1).to(tl.int64) * num_chunks * C + at, total, mask=is_chunk)
+    tl.store(sums + token, tl.cumsum(tl.maximum(found, FLOOR) * scale, 1), mask=token < num_places)
 
 
 @triton.jit
