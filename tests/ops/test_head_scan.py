@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linearize.errors import LinearizeError
-from linearize.ops.gated_scan import bidirectional_gated_attention
+from linearize.ops.gated_scan import _choose, bidirectional_gated_attention
 from linearize.ops.head_scan import MOST_FEATURES, STATE, TAIL, blocks_of, refusal
 from ops.scan_parity import CASES, Case, check_operators, parity
 
@@ -60,6 +61,14 @@ def test_without_a_gpu_the_kernels_say_why_not():
     with pytest.raises(LinearizeError, match=r"triton cannot serve this call, as it needs a GPU, .* chunked or auto"):
         bidirectional_gated_attention(states, states, states, gate, backend="triton")
     assert refusal(states, 16, 16) == "it takes one gate in each head, not 16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it tells of kernels that fail")
+def test_where_kernels_fail_auto_says_so_and_takes_the_portable_form():
+    with FakeTensorMode():
+        value = torch.empty(2, 3, 300, 3, dtype=torch.bfloat16, device="cuda")
+    with pytest.warns(UserWarning, match=r"computed by chunked on this GPU \(not triton: it.*; not fla: it"):
+        assert _choose("auto", value, 5, 1) == "chunked"
 
 
 @pytest.mark.gpu
