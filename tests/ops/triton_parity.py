@@ -41,13 +41,19 @@ def naive_with_mass(
     return scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1, keepdim=True)
 
 
-def parity(name: str, *, heads: int, head_dim: int, dtype: torch.dtype, device: str, batch: int = 1) -> list[float]:
-    """Relative errors of output, mass and gradients against float64 on the same numbers."""
+def parity(
+    name: str, *, heads: int, head_dim: int, dtype: torch.dtype, device: str, batch: int = 1, growth: float = 1.0
+) -> list[float]:
+    """Relative errors of output, mass and gradients against float64 on the same numbers.
+
+    The keys grow from the first token to the last, by `growth` in all.
+    """
     grids, num_text_tokens, text_first, tile, region, window = CASES[name]
     layout = Layout(num_text_tokens, grids, text_first, tile)
     call = {"layout": layout, "region": REGIONS[region](window), "scale": head_dim**-0.5}
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(batch, layout.num_tokens, heads, head_dim, generator=generator) for _ in range(4)]
+    drawn[1] *= torch.linspace(1, growth, layout.num_tokens)[:, None, None]
     query, key, value, weight = (states.to(device, dtype).transpose(1, 2) for states in drawn)
     slope = torch.rand(batch, heads, layout.num_tokens, 1, generator=generator)
     results = []

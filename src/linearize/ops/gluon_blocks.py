@@ -15,6 +15,15 @@ SEGMENT = gl.constexpr(10)
 STAGES = gl.constexpr(2)
 # Gluon is young: triton 3.9 gives these other names.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+# By how many powers of 2 a weight may exceed 1 before the peak follows.
+SLACK = gl.constexpr(8.0)
+# Moves sixteen numbers, $16 to $31, and multiplies them by $32 to $47 unless $48 is 0.
+_MOVES, _PRODUCTS = (
+    " ".join(f"{name}.f32 ${i}, ${i + 16}{f', ${i + 32}' if name == 'mul' else ''};" for i in range(16))
+    for name in ("mov", "mul")
+)
+_SHRINK = gl.constexpr(f"{{.reg .pred p; setp.eq.f32 p, $48, 0f00000000; {_MOVES} @p bra DONE; {_PRODUCTS} DONE: }}")
+_SHRINK_OPERANDS = gl.constexpr(",".join(["=f"] * 16 + ["f"] * 48))
 _PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
@@ -86,13 +95,13 @@ def _nearest(place, window, length):
 
 
 @gluon.jit
-def _beyond(right, room):
-    """1 where the square of `right` is more than `room`, both of integers, and 0 elsewhere: one instruction."""
-    right, room = gl.broadcast(right, room)
+def _beyond(down, room):
+    """1 where the square of `down` is more than `room`, both of integers, and 0 elsewhere: one instruction."""
+    down, room = gl.broadcast(down, room)
     return gl.inline_asm_elementwise(
         "{.reg .f32 t; neg.f32 t, $2; fma.rn.sat.f32 $0, $1, $1, t;}",
         "=f,f,f",
-        [right, room],
+        [down, room],
         dtype=gl.float32,
         is_pure=True,
         pack=1,
@@ -120,23 +129,46 @@ def hide_unseen(scores, places, own, window, REGION: gl.constexpr, LAYOUT: gl.co
         inside = (down >= 0) & (down < gl.minimum(2 * window - 1, height))
         sees = inside & (right >= 0) & (right < gl.minimum(2 * window - 1, width))
         return gl.where(sees, scores, -FAR)
-    down = (query_slot // WIDTH).to(gl.float32) - (
-        (top - own_top).to(gl.float32) + (key_slot % 64 // WIDTH).to(gl.float32)
-    )
-    right = (query_slot % WIDTH).to(gl.float32) - ((left - own_left).to(gl.float32) + (key_slot % WIDTH).to(gl.float32))
-    room = window * window * 1.0 - 1 - down * down
-    return scores - FAR * _beyond(right, room)
+    # Rows between query and key are nine different numbers in a thread, columns two, whatever the step. So this way 36
+    # pairs of a row and a column are compared, and not all 64.
+    rows = (query_slot // WIDTH - key_slot % 64 // WIDTH).to(gl.float32)
+    columns = (query_slot % WIDTH - key_slot % WIDTH).to(gl.float32)
+    down, right = rows - (top - own_top).to(gl.float32), columns - (left - own_left).to(gl.float32)
+    return scores - FAR * _beyond(down, window * window * 1.0 - 1 - right * right)
 
 
 @gluon.jit
 def softmax_step(scores, peak, total, scale):
-    """One step of the online softmax in base 2: weights, new peak and total, and by how much older results shrink."""
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
+    """One step of the online softmax in base 2: weights, new peak and total, and by how much older results shrink.
+
+    A peak stays while no score is far above it, so that older results seldom shrink: FlashAttention-4 does so, too.
+    """
+    highest = gl.max(scores, 1) * scale
+    new_peak = gl.where(highest > peak + SLACK, highest, peak)
     weights = gl.exp2(scores * scale - gl.expand_dims(new_peak, 1))
     decay = gl.exp2(peak - new_peak)
     # A thread adds up its own columns; the sum over threads is taken once, at the end.
     older = total * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1)
     return weights, new_peak, older + column_sums(weights), decay
+
+
+@gluon.jit
+def shrink(acc, decay):
+    """Results times their rows' decay: a warp whose rows all keep theirs passes over it."""
+    changes = gl.inline_asm_elementwise(
+        "{.reg .pred p, q; setp.neu.f32 p, $2, 0f3F800000; setp.neu.or.f32 p, $3, 0f3F800000, p;"
+        " vote.sync.any.pred q, p, -1; selp.f32 $0, 0f3F800000, 0f00000000, q; mov.f32 $1, $0;}",
+        "=f,=f,f,f",
+        [decay],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    decay, changes = gl.convert_layout(decay, rows), gl.convert_layout(changes, rows)
+    acc, decay = gl.broadcast(acc, gl.expand_dims(decay, 1))
+    acc, changes = gl.broadcast(acc, gl.expand_dims(changes, 1))
+    return gl.inline_asm_elementwise(_SHRINK, _SHRINK_OPERANDS, [acc, decay, changes], gl.float32, False, 16)
 
 
 @gluon.jit

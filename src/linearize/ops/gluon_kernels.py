@@ -27,6 +27,7 @@ from linearize.ops.gluon_blocks import (
     hide_unseen,
     places_of,
     release,
+    shrink,
     softmax_step,
     step_of,
     wait_for,
@@ -99,8 +100,7 @@ def _steps(
             release(value_empty, older_stage, older >= shared)
         else:
             mbarrier.arrive(value_empty.index(older_stage))
-        acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout)), 1)
-        weights = new
+        acc, weights = shrink(acc, decay), new
     return acc, weights, peak, total
 
 
@@ -155,6 +155,7 @@ def _consume(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     query = queries.index(half)
+    HELD: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     values, value_full = value_ring[0], value_ring[1]
     keys, key_full, key_empty = key_ring
     begin, masked, shared, end = bounds
@@ -167,9 +168,10 @@ def _consume(
     acc = gl.zeros([64, D], gl.float32, RESULT)
 
     mbarrier.wait(query_full, 0)
+    held = query.load(HELD)
     at = step_of(begin, shared, half)
     stage = wait_for(key_full, at - begin)
-    scores = warpgroup_mma_wait(0, deps=[_scores(query, keys, stage, SCORES)])
+    scores = warpgroup_mma_wait(0, deps=[_scores(held, keys, stage, SCORES)])
     release(key_empty, stage, at >= shared)
     if begin >= masked:
         scores = hide_unseen(scores, places_of(entries + at * ENTRY), own, window, REGION, SCORES)
@@ -179,15 +181,15 @@ def _consume(
     wait_for(key_full, ahead - begin)
     state, steps, first = (acc, weights, peak, total), (begin, shared, stop), begin + 1
     state = _steps(
-        state, query, key_ring, value_ring, entries, steps, first, masked, half, own, window, scale,
+        state, held, key_ring, value_ring, entries, steps, first, masked, half, own, window, scale,
         False, False, REGION, SCORES, WEIGHTS,
     )  # fmt: skip
     state = _steps(
-        state, query, key_ring, value_ring, entries, steps, gl.maximum(first, masked), shared, half, own, window, scale,
+        state, held, key_ring, value_ring, entries, steps, gl.maximum(first, masked), shared, half, own, window, scale,
         True, False, REGION, SCORES, WEIGHTS,
     )  # fmt: skip
     state = _steps(
-        state, query, key_ring, value_ring, entries, steps, gl.maximum(first, shared), stop, half, own, window, scale,
+        state, held, key_ring, value_ring, entries, steps, gl.maximum(first, shared), stop, half, own, window, scale,
         True, True, REGION, SCORES, WEIGHTS,
     )  # fmt: skip
     acc, weights, peak, total = state
@@ -298,5 +300,5 @@ def forward_kernel(
             (copy_units, (value, value_ring, entries, begin, end, value_at, D)),
         ],
         worker_num_warps=[4, 1, 1],
-        worker_num_regs=[224, 56, 56],
+        worker_num_regs=[232, 40, 40],
     )  # fmt: skip

@@ -119,10 +119,14 @@ def _steps(
 ) -> tuple[list[tuple[int, int]], int, int]:
     """Pairs of units; how many of them need no mask, and how many are of both halves.
 
-    A unit without a partner goes to the next kind, where it is right, too. Text's units are even, and come first.
+    A unit without a partner goes to the next kind, where it is right, too. Text's units are even, and come first. Where
+    both halves have one of their own without a partner, these two are a step of both: the mask hides them from the
+    other half.
     """
     if len(plain) % 2:
         masked = [plain[-1], *masked]
+    if (len(masked) + max(map(len, own))) % 2 and all(own):
+        masked, own = [own[0][-1], own[1][-1], *masked], (own[0][:-1], own[1][:-1])
     odd = masked[len(masked) // 2 * 2 :]
     length = -(-(max(map(len, own)) + len(odd)) // 2) * 2
     padded = [[*odd, *units, *[-1] * (length - len(units) - len(odd))] for units in own]
