@@ -16,7 +16,7 @@ from linearize.config import register_resolvers
 from linearize.errors import LinearizeError
 
 ROOT = Path(__file__).resolve().parents[2]
-PORTABLE = [name for name in OPERATIONS if "fla" not in name.split("_")]
+PORTABLE = [name for name in OPERATIONS if not {"fla", "triton"} & set(name.split("_"))]
 
 
 @pytest.fixture

@@ -41,18 +41,16 @@ def test_kernels_by_the_interpreter_are_exact_in_float32():
         assert len(errors) == 6 and max(map(float, errors[:4])) < states and max(map(float, errors[4:])) < gates, name
 
 
-@given(num_features=st.integers(1, MOST_FEATURES), channels=st.integers(1, MOST_FEATURES), with_rows=st.booleans())
-def test_blocks_cover_all_features_and_channels_and_fit_a_program(num_features, channels, with_rows):
-    blocks = blocks_of(num_features, channels, with_rows)
+@given(num_features=st.integers(1, MOST_FEATURES), channels=st.integers(1, MOST_FEATURES))
+def test_blocks_cover_all_features_and_channels_and_fit_a_program(num_features, channels):
+    blocks = blocks_of(num_features, channels)
     assert num_features <= blocks.features + blocks.low_features
-    assert channels <= blocks.num_blocks * (blocks.channels + blocks.side_channels)
-    assert (blocks.num_blocks - 1) * (blocks.channels + blocks.side_channels) < channels
+    assert (blocks.num_blocks - 1) * blocks.channels < channels <= blocks.num_blocks * blocks.channels
     assert blocks.features * blocks.channels <= STATE
     assert min(blocks.features, blocks.channels) >= 16
-    assert not blocks.side_channels or not (blocks.low_features or with_rows)
     for power in (blocks.features, blocks.channels):
         assert power & (power - 1) == 0
-    assert {blocks.low_features, blocks.side_channels} <= {0, TAIL}
+    assert blocks.low_features in (0, TAIL)
 
 
 def test_without_a_gpu_the_kernels_say_why_not():

@@ -267,6 +267,7 @@ OPERATIONS = {
     "fla_gla": Operation(
         _fla(scan_channels), _one_direction, lambda *sizes: _scan_flops(*sizes) // 2, "channel", token_major=True
     ),
+    "heads_by_triton": Operation(_scan("triton"), _scan("recurrent"), _scan_flops, "head"),
     "heads_by_fla": Operation(_scan("fla"), _scan("recurrent"), _scan_flops, "head"),
     "heads_chunked": Operation(_scan("chunked"), _scan("recurrent"), _scan_flops, "head"),
     "channels_by_fla": Operation(_scan("fla"), _scan("recurrent"), _scan_flops, "channel"),

@@ -23,7 +23,7 @@ PROGRAMS, FEWEST_CHUNKS = 4, 4
 # Numbers of a state that a program holds, and features that it can take.
 STATE = 128 * 64
 MOST_FEATURES = 256 + 16
-# Channels beside a power of two that a program takes along.
+# Features beside a power of two that a program takes along.
 TAIL = 16
 # A chunk is as many tokens as the rows of four warps' products.
 WARPS = 4
@@ -86,30 +86,22 @@ class Blocks:
 
     Attributes:
         features: A power of two, which each program has all of, and `low_features` more, 0 or `TAIL`.
-        channels: A power of two, of which each of `num_blocks` programs has as many, and `side_channels` more.
+        channels: A power of two, of which each of `num_blocks` programs has as many.
     """
 
     features: int
     low_features: int
     channels: int
-    side_channels: int
     num_blocks: int
 
 
-@lru_cache(maxsize=64)
-def blocks_of(num_features: int, num_channels: int, with_rows: bool = False) -> Blocks:
-    """The fewest blocks. Neither rows nor features beside a power of two go together with channels beside one."""
+def blocks_of(num_features: int, num_channels: int) -> Blocks:
+    """The fewest blocks of as few channels as hold all."""
     below = 1 << (num_features.bit_length() - 1)
     is_beside = 2 * TAIL <= below < num_features <= below + TAIL
     features, low_features = (below, TAIL) if is_beside else (_power_from(num_features), 0)
-    most = min(STATE // features, _power_from(num_channels))
-    choices = [(most, 0)]
-    if not (low_features or with_rows):
-        choices += [(size, TAIL) for size in (most // 2, most) if size >= 2 * TAIL]
-    # Of as few blocks, those of the fewest channels.
-    counted = ((-(-num_channels // sum(choice)), sum(choice), choice) for choice in choices)
-    num_blocks, _, (channels, side_channels) = min(counted)
-    return Blocks(features, low_features, channels, side_channels, num_blocks)
+    channels = min(STATE // features, _power_from(num_channels))
+    return Blocks(features, low_features, channels, -(-num_channels // channels))
 
 
 def _power_from(size: int) -> int:
@@ -126,7 +118,7 @@ def _scan(
     output = empty_token_major(value)
     batch, num_heads, num_tokens, num_features = query.shape
     channels, lanes, num_chunks = value.shape[3], batch * num_heads, -(-num_tokens // CHUNK)
-    blocks = blocks_of(num_features, channels, with_rows=other is not None)
+    blocks = blocks_of(num_features, channels)
     chunks_of_segment = _chunks_of_segment(num_chunks, lanes * blocks.num_blocks, query.device)
     num_segments = -(-num_chunks // chunks_of_segment)
     sums = value.new_empty(2, lanes, num_chunks, CHUNK, dtype=torch.float32)
@@ -160,7 +152,6 @@ def _constants(num_features: int, channels: int, blocks: Blocks, units: tuple[in
         "FB": blocks.features,
         "FT": blocks.low_features,
         "BV": blocks.channels,
-        "VT": blocks.side_channels,
         "C": CHUNK,
         "FEATURE_UNIT": units[0],
         "CHANNEL_UNIT": units[1],

@@ -5,7 +5,7 @@ One kernel walks the chunks of each segment and finds what it adds to the states
 these states from segment to segment; then every segment is walked again, first forward, then backward, with the state
 [features x channels] in registers: no state of a chunk is ever written.
 
-Features are FB, and FT behind them (0 or 16); a block of channels is BV, and VT behind them (0 or 16). Exponents are
+Features are FB, and FT behind them (0 or 16); a block of channels is BV. Exponents are
 differences of the gates' sums within a chunk, to base 2, of what is later less what is earlier on the way: none is
 positive. Strides of query and key are in FEATURE_UNITs, those of value and output in CHANNEL_UNITs, by which the
 compiler knows that it may read whole words.
@@ -132,7 +132,6 @@ def totals_kernel(
     FB: tl.constexpr,
     FT: tl.constexpr,
     BV: tl.constexpr,
-    VT: tl.constexpr,
     C: tl.constexpr,
     FEATURE_UNIT: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
@@ -146,14 +145,11 @@ def totals_kernel(
     ahead_sums = sums + lane.to(tl.int64) * num_chunks * C
     behind_sums = ahead_sums + num_lanes.to(tl.int64) * num_chunks * C
     place, features = tl.arange(0, C), tl.arange(0, FB)
-    channels = tl.program_id(0) * (BV + VT) + tl.arange(0, BV)
+    channels = tl.program_id(0) * BV + tl.arange(0, BV)
     ahead_state, behind_state = tl.zeros((FB, BV), tl.float32), tl.zeros((FB, BV), tl.float32)
     if FT:
         last_features = FB + tl.arange(0, FT)
         ahead_low, behind_low = tl.zeros((FT, BV), tl.float32), tl.zeros((FT, BV), tl.float32)
-    if VT:
-        last_channels = tl.program_id(0) * (BV + VT) + BV + tl.arange(0, VT)
-        ahead_side, behind_side = tl.zeros((FB, VT), tl.float32), tl.zeros((FB, VT), tl.float32)
     first = segment * chunks_of_segment
     ahead_kept, behind_kept = 0.0, 0.0
     for chunk in range(first, tl.minimum(first + chunks_of_segment, num_chunks)):
@@ -172,18 +168,11 @@ def totals_kernel(
             low = _tile(key, start, key_token, place, last_features, num_tokens, F)
             ahead_low = tl.dot(tl.trans(low), ahead_v, ahead_low * kept_now, input_precision="ieee")
             behind_low = tl.dot(tl.trans(low), behind_v, behind_low, input_precision="ieee")
-        if VT:
-            side = _tile(value, start, value_token, place, last_channels, num_tokens, V)
-            ahead_v, behind_v = (side * to_end[:, None]).to(k.dtype), (side * to_begin[:, None]).to(k.dtype)
-            ahead_side = tl.dot(tl.trans(k), ahead_v, ahead_side * kept_now, input_precision="ieee")
-            behind_side = tl.dot(tl.trans(k), behind_v, behind_side, input_precision="ieee")
         ahead_kept += end
         behind_kept += begin
     _store_states(states, features, channels, ahead_state, behind_state, F, V)
     if FT:
         _store_states(states, last_features, channels, ahead_low, behind_low, F, V)
-    if VT:
-        _store_states(states, features, last_channels, ahead_side, behind_side, F, V)
     # Every block of channels finds the same.
     tl.store(kept + segment * num_lanes + lane, ahead_kept)
     tl.store(kept + (tl.num_programs(2) + segment) * num_lanes + lane, behind_kept)
@@ -238,7 +227,6 @@ def walk_kernel(
     FB: tl.constexpr,
     FT: tl.constexpr,
     BV: tl.constexpr,
-    VT: tl.constexpr,
     C: tl.constexpr,
     FEATURE_UNIT: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
@@ -268,15 +256,12 @@ def walk_kernel(
         ahead_rows = rows + tl.program_id(0) * size + lane.to(tl.int64) * num_chunks * C
         behind_rows = ahead_rows + tl.num_programs(0) * size
     place, features = tl.arange(0, C), tl.arange(0, FB)
-    channels = tl.program_id(0) * (BV + VT) + tl.arange(0, BV)
+    channels = tl.program_id(0) * BV + tl.arange(0, BV)
     direction: tl.constexpr = 1 if BACK else 0
     state = _load_state(states, direction, features, channels, F, V, CARRIED)
     if FT:
         last_features = FB + tl.arange(0, FT)
         low_state = _load_state(states, direction, last_features, channels, F, V, CARRIED)
-    if VT:
-        last_channels = tl.program_id(0) * (BV + VT) + BV + tl.arange(0, VT)
-        side_state = _load_state(states, direction, features, last_channels, F, V, CARRIED)
     first = segment * chunks_of_segment
     count = tl.minimum(chunks_of_segment, num_chunks - first)
     for step in range(count):
@@ -287,8 +272,6 @@ def walk_kernel(
         if BACK:
             # Read early, as the products that it is added to take a while.
             ahead_result = _tile(output, start, output_token, place, channels, num_tokens, V)
-            if VT:
-                ahead_side_result = _tile(output, start, output_token, place, last_channels, num_tokens, V)
             whole = tl.load(behind_sums + start)
             own = tl.load(behind_sums + start + place)
         else:
@@ -327,16 +310,6 @@ def walk_kernel(
             result = tl.dot(weights, v, result, input_precision="ieee")
         _put(output, start, output_token, place, channels, num_tokens, result, V)
         kept, to_whole = tl.exp2(whole), tl.exp2(whole - own)
-        if VT:
-            side = _tile(value, start, value_token, place, last_channels, num_tokens, V)
-            result = tl.dot(q, side_state.to(q.dtype), input_precision="ieee") * tl.exp2(own)[:, None]
-            if BACK:
-                result += ahead_side_result.to(tl.float32)
-            else:
-                result = tl.dot(weights, side, result, input_precision="ieee")
-            _put(output, start, output_token, place, last_channels, num_tokens, result, V)
-            side = (side * to_whole[:, None]).to(k.dtype)
-            side_state = tl.dot(tl.trans(k), side, side_state * kept, input_precision="ieee")
         v = (v * to_whole[:, None]).to(k.dtype)
         state = tl.dot(tl.trans(k), v, state * kept, input_precision="ieee")
         if FT:
