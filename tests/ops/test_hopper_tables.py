@@ -27,7 +27,7 @@ def test_a_half_meets_what_it_sees_and_little_else(layout, name, window):
     seen = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
     seen[layout.image_slice, layout.image_slice] = dense_sight(layout, region)
     met = torch.zeros_like(seen)
-    for begin, masked, shared, end, _, first, *_ in tables.segments.tolist():
+    for begin, masked, shared, end, _, first, *_, lone in tables.segments.tolist():
         assert begin <= masked <= shared <= end and (end - shared) % 2 == 0
         for half in range(2):
             queries = slice(first + half * UNIT, first + (half + 1) * UNIT)
@@ -35,7 +35,7 @@ def test_a_half_meets_what_it_sees_and_little_else(layout, name, window):
                 entry = tables.entries[step].tolist()
                 for start, top in (entry[:2], entry[3:5]):
                     if top < -1:
-                        assert step >= shared
+                        assert step >= shared or (lone and step == begin < end - 1)
                         continue
                     keys = slice(start, start + UNIT)
                     assert seen[queries, keys].any() or step < shared
@@ -57,7 +57,7 @@ def test_halves_meet_few_more_keys_than_the_disc_holds():
     """Keys that queries meet at 256 x 256 tokens and window 16, text included, for each that they see."""
     layout = Layout(512, (Grid(256, 256),), tile=TILE)
     tables = pair_tables(layout, REGIONS["disc"](16), torch.device("cpu"), share=24 / 132)
-    begin, _, shared, end = tables.segments[tables.num_text_segments :, :4].T
-    met = (shared - begin + (end - shared) / 2).mean() * BLOCK
+    begin, _, shared, end, *_, lone = tables.segments[tables.num_text_segments :].T
+    met = (shared - begin + (end - shared) / 2 - lone / 2).mean() * BLOCK
     inside = sum(1 for y in range(-16, 17) for x in range(-16, 17) if y * y + x * x < 16**2)
-    assert met / (512 + inside) < 1.62
+    assert met / (512 + inside) < 1.55

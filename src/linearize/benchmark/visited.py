@@ -60,10 +60,10 @@ def _triton(layout: Layout, region: Region) -> int:
 
 
 def _hopper(layout: Layout, region: Region) -> int:
-    """Steps of 128 keys that each half of a block of queries takes."""
+    """Steps of 128 keys, or one of 64, that each half of a block of queries takes."""
     tables = pair_tables(layout, region, _CPU)
-    begin, _, shared, end = tables.segments[tables.num_text_segments :, :4].long().T
-    return int((2 * (shared - begin) + end - shared).sum()) * UNIT * BLOCK
+    begin, _, shared, end, *_, lone = tables.segments[tables.num_text_segments :].long().T
+    return int(((2 * (shared - begin) + end - shared) * BLOCK - 2 * lone * UNIT).sum()) * UNIT
 
 
 VISITED: dict[str, Callable[[Layout, Region], int]] = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from linearize.ops.triton_blocks import FAR, WIDTH
 
 # Numbers of fields, see `PairTables`.
 ENTRY = gl.constexpr(6)
-SEGMENT = gl.constexpr(10)
+SEGMENT = gl.constexpr(11)
 # Of the rings, which fill what shared memory the queries leave.
 STAGES = gl.constexpr(2)
 # Gluon is young: triton 3.9 gives these other names.
@@ -34,22 +34,43 @@ def ring(at):
 
 
 @gluon.jit
-def copy_units(plane, own_ring, entries, begin, end, place, D: gl.constexpr):
-    """Fetches the keys, or the values, of all steps, as room for them becomes free: two units of 64 tokens each."""
+def _rooms(buffer, like, COUNT: gl.constexpr, CHANNELS: gl.constexpr):
+    """A stage as rooms of 64 tokens each, laid out like something else."""
+    if _PUBLIC:
+        return buffer.reinterpret(buffer.dtype, [COUNT, 64, CHANNELS], like.layout)
+    else:
+        return buffer._reinterpret(buffer.dtype, [COUNT, 64, CHANNELS], like.layout)
+
+
+@gluon.jit
+def _half_of(buffer, D: gl.constexpr):
+    """The first half of a stage, [64, channels]: where the one unit of a step lies."""
+    return _rooms(buffer, buffer, 2, D).index(0)
+
+
+@gluon.jit
+def copy_units(plane, own_ring, entries, begin, end, lone, place, D: gl.constexpr):
+    """Fetches the keys, or the values, of all steps, as room for them becomes free: two units of 64 tokens each.
+
+    The first step has one unit where `lone` is 1.
+    """
     PARTS: gl.constexpr = D // 64
     rooms, full, empty = own_ring
     row, column = place
-    for i in range(begin, end):
+    # Shared memory holds 64 channels of all tokens, then the next 64.
+    if lone:
+        first = gl.load(entries + begin * ENTRY)
+        mbarrier.expect(full.index(0), PARTS * plane.block_type.nbytes)
+        room = _rooms(rooms.index(0), plane, 2 * PARTS, 64)
+        for part in gl.static_range(PARTS):
+            _load(plane, [row + first, column + part * 64], full.index(0), room.index(part))
+    for i in range(begin + lone, end):
         stage, parity = ring(i - begin)
         first, second = gl.load(entries + i * ENTRY), gl.load(entries + i * ENTRY + 3)
         # The first round finds the ring empty.
         mbarrier.wait(empty.index(stage), parity ^ 1)
         mbarrier.expect(full.index(stage), 2 * PARTS * plane.block_type.nbytes)
-        # Shared memory holds 64 channels of all tokens, then the next 64.
-        if _PUBLIC:
-            room = rooms.index(stage).reinterpret(plane.dtype, [2 * PARTS, 64, 64], plane.layout)
-        else:
-            room = rooms.index(stage)._reinterpret(plane.dtype, [2 * PARTS, 64, 64], plane.layout)
+        room = _rooms(rooms.index(stage), plane, 2 * PARTS, 64)
         for part in gl.static_range(PARTS):
             _load(plane, [row + first, column + part * 64], full.index(stage), room.index(2 * part))
             _load(plane, [row + second, column + part * 64], full.index(stage), room.index(2 * part + 1))
@@ -173,5 +194,28 @@ def shrink(acc, decay):
 
 @gluon.jit
 def column_sums(states):
-    """[64, 128] as [64, 8]: sums of the columns that lie in the same thread."""
-    return gl.sum(states.reshape([64, 16, 8]), 1)
+    """[64, columns] as [64, 8]: sums of the columns that lie in the same thread."""
+    return gl.sum(states.reshape([64, states.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def lone_step(state, query, key_ring, value_ring, scale, D: gl.constexpr, SCORES: gl.constexpr, RESULT: gl.constexpr):
+    """The first step, where it has one unit, which needs no mask."""
+    acc, peak, total = state
+    keys, key_full, key_empty = key_ring
+    values, value_full, value_empty = value_ring
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
+    wait_for(key_full, 0)
+    blank = gl.zeros([64, 64], gl.float32, HALF)
+    query = gl.convert_layout(query, gl.DotOperandLayout(0, HALF, 2))
+    pending = warpgroup_mma(query, _half_of(keys.index(0), D).permute((1, 0)), blank, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[pending])
+    mbarrier.arrive(key_empty.index(0))
+    new, peak, sums, _ = softmax_step(scores, gl.convert_layout(peak, ROWS), column_sums(blank), scale)
+    weights = gl.convert_layout(new.to(values.dtype), gl.DotOperandLayout(0, RESULT, 2))
+    wait_for(value_full, 0)
+    product = warpgroup_mma(weights, _half_of(values.index(0), D), acc, is_async=True)
+    acc, weights = warpgroup_mma_wait(0, deps=[product, weights])
+    mbarrier.arrive(value_empty.index(0))
+    return acc, gl.convert_layout(peak, gl.SliceLayout(1, SCORES)), gl.convert_layout(sums, total.type.layout)

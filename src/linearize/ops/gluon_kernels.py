@@ -25,6 +25,7 @@ from linearize.ops.gluon_blocks import (
     copy_queries,
     copy_units,
     hide_unseen,
+    lone_step,
     places_of,
     release,
     shrink,
@@ -158,7 +159,7 @@ def _consume(
     HELD: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     values, value_full = value_ring[0], value_ring[1]
     keys, key_full, key_empty = key_ring
-    begin, masked, shared, end = bounds
+    begin, masked, shared, end, lone = bounds
     stop = shared + (end - shared) // 2
     top, left, height, width = own
     own = (top + half * (64 // WIDTH), left, height, width)
@@ -169,17 +170,21 @@ def _consume(
 
     mbarrier.wait(query_full, 0)
     held = query.load(HELD)
-    at = step_of(begin, shared, half)
+    if lone:
+        acc, peak, total = lone_step((acc, peak, total), held, key_ring, value_ring, scale, D, SCORES, RESULT)
+    first = begin + lone
+    at = step_of(first, shared, half)
     stage = wait_for(key_full, at - begin)
     scores = warpgroup_mma_wait(0, deps=[_scores(held, keys, stage, SCORES)])
     release(key_empty, stage, at >= shared)
-    if begin >= masked:
+    if first >= masked:
         scores = hide_unseen(scores, places_of(entries + at * ENTRY), own, window, REGION, SCORES)
-    new, peak, total, _ = softmax_step(scores, peak, total, scale)
-    weights = gl.convert_layout(new.to(values.dtype), WEIGHTS)
-    ahead = gl.where(begin + 1 < stop, step_of(begin + 1, shared, half), at)
+    new, peak, total, decay = softmax_step(scores, peak, total, scale)
+    acc, weights = shrink(acc, decay), gl.convert_layout(new.to(values.dtype), WEIGHTS)
+    first += 1
+    ahead = gl.where(first < stop, step_of(first, shared, half), at)
     wait_for(key_full, ahead - begin)
-    state, steps, first = (acc, weights, peak, total), (begin, shared, stop), begin + 1
+    state, steps = (acc, weights, peak, total), (begin, shared, stop)
     state = _steps(
         state, held, key_ring, value_ring, entries, steps, first, masked, half, own, window, scale,
         False, False, REGION, SCORES, WEIGHTS,
@@ -203,10 +208,10 @@ def _consume(
 
 
 @gluon.jit
-def _copy_keys(query, key, queries, query_full, key_ring, entries, begin, end, query_at, key_at, D: gl.constexpr):
+def _copy_keys(query, key, queries, query_full, key_ring, entries, begin, end, lone, query_at, key_at, D: gl.constexpr):
     """Fetches the queries, then keys. Values have a warp of their own, as a half that waits for keys frees none."""
     copy_queries(query, queries, query_full, query_at)
-    copy_units(key, key_ring, entries, begin, end, key_at, D)
+    copy_units(key, key_ring, entries, begin, end, lone, key_at, D)
 
 
 @gluon.jit
@@ -268,6 +273,7 @@ def forward_kernel(
     begin, masked, shared, end = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
     place, start = gl.load(at + 4), gl.load(at + 5)
     own = (gl.load(at + 6), gl.load(at + 7), gl.load(at + 8), gl.load(at + 9))
+    lone = gl.load(at + 10)
 
     queries = gl.allocate_shared_memory(query.dtype, [2, 64, D], query.layout)
     query_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -275,7 +281,7 @@ def forward_kernel(
     key_ring, value_ring = _ring_of(query, D), _ring_of(query, D)
     fence_async_shared()
 
-    results, bounds = (output, lse, partial_output, partial_lse), (begin, masked, shared, end)
+    results, bounds = (output, lse, partial_output, partial_lse), (begin, masked, shared, end, lone)
     query_at = (batch * query_batch + head * query_head + start, head * query_channel)
     key_at = (batch * key_batch + head * key_head, head * key_channel)
     value_at = (batch * value_batch + head * value_head, head * value_channel)
@@ -296,8 +302,8 @@ def forward_kernel(
                     lanes, num_tokens, row, column, window, scale, REGION, D,
                 ),
             ),
-            (_copy_keys, (query, key, queries, query_full, key_ring, entries, begin, end, query_at, key_at, D)),
-            (copy_units, (value, value_ring, entries, begin, end, value_at, D)),
+            (_copy_keys, (query, key, queries, query_full, key_ring, entries, begin, end, lone, query_at, key_at, D)),
+            (copy_units, (value, value_ring, entries, begin, end, lone, value_at, D)),
         ],
         worker_num_warps=[4, 1, 1],
         worker_num_regs=[232, 40, 40],

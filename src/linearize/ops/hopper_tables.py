@@ -26,12 +26,13 @@ class PairTables:
 
     A step takes two units of keys. A list has the steps of both halves of a block of queries, first those that need no
     mask, then steps of one half each, by turns. So a half meets few keys that it does not see, and keys that both see
-    are fetched once.
+    are fetched once. Where a half meets an odd number of units, the first step has one unit alone.
 
     Attributes:
-        segments: [segments, 10]: first step, first that needs a mask, first of one half, step behind the last, the
+        segments: [segments, 11]: first step, first that needs a mask, first of one half, step behind the last, the
             place among partial results, or -1 where it is the whole list; the block's first token, top row (-1 for
-            text), left column; height and width of its grid. Text's segments come first.
+            text), left column; height and width of its grid; 1 where the first step has one unit, else 0. Text's
+            segments come first.
         entries: [steps, 6]: for each unit its first token, top (-1 for text) and left.
         num_text_segments: Segments of text.
         num_splits: Segments of every text block.
@@ -58,12 +59,13 @@ def pair_tables(layout: Layout, region: Region, device: torch.device, *, share: 
     units = units_of(blocks, UNIT)
     places = [*torch.stack([units.start, *units.boxes.first.T], dim=1).tolist(), _NOTHING]
     entries: list[list[int]] = []
-    lists: list[tuple[int, int, int, int]] = []
+    lists: list[tuple[int, int, int, int, int]] = []
     for seen in _seen(region, units):
         steps, num_plain, num_shared = _steps(*seen)
         begin = len(entries)
         entries.extend([*places[first], *places[second]] for first, second in steps)
-        lists.append((begin, begin + num_plain, begin + num_shared, len(entries)))
+        bounds = begin, begin + num_plain, begin + num_shared, len(entries)
+        lists.append((*bounds, int(num_plain > 0 and steps[0][1] < 0)))
     segments, num_text = _segments(blocks.tolist(), lists, share)
     lists_there, entries_there = (torch.tensor(rows, dtype=torch.int32).to(device) for rows in (segments, entries))
     num_splits = max(1, num_text // max(1, layout.num_text_tokens // BLOCK))
@@ -71,17 +73,19 @@ def pair_tables(layout: Layout, region: Region, device: torch.device, *, share: 
 
 
 def _segments(
-    blocks: list[list[int]], lists: list[tuple[int, int, int, int]], share: float
+    blocks: list[list[int]], lists: list[tuple[int, int, int, int, int]], share: float
 ) -> tuple[list[tuple[int, ...]], int]:
     """Rows of `PairTables.segments`, and how many are text's."""
     rows: list[tuple[int, ...]] = []
-    num_steps, num_text = lists[-1][-1], 0
-    for (first, top, left, _, _, _, image, *grid), (begin, masked, shared, end) in zip(blocks, lists, strict=True):
+    num_steps, num_text = lists[-1][3], 0
+    for (first, top, left, _, _, _, image, *grid), (begin, masked, shared, end, lone) in zip(
+        blocks, lists, strict=True
+    ):
         spans = [(begin, end)] if image else cut_list(begin, end, num_steps, share)
         for start, stop in spans:
             bounds = (start, min(masked, stop), min(shared, stop), stop)
             place = -1 if len(spans) == 1 else len(rows)
-            rows.append((*bounds, place, first, top, left, *grid))
+            rows.append((*bounds, place, first, top, left, *grid, lone))
         num_text += 0 if image else len(spans)
     return rows, num_text
 
@@ -119,18 +123,17 @@ def _steps(
 ) -> tuple[list[tuple[int, int]], int, int]:
     """Pairs of units; how many of them need no mask, and how many are of both halves.
 
-    A unit without a partner goes to the next kind, where it is right, too. Text's units are even, and come first. Where
-    both halves have one of their own without a partner, these two are a step of both: the mask hides them from the
-    other half.
+    A unit without a partner goes to the next kind, where it is right, too, but for the first, which may be alone.
     """
+    lone, num_units = [], len(plain) + len(masked) + max(map(len, own))
+    if plain and num_units > 1 and num_units % 2:
+        lone, plain = [(plain[0], -1)], plain[1:]
     if len(plain) % 2:
         masked = [plain[-1], *masked]
-    if (len(masked) + max(map(len, own))) % 2 and all(own):
-        masked, own = [own[0][-1], own[1][-1], *masked], (own[0][:-1], own[1][:-1])
     odd = masked[len(masked) // 2 * 2 :]
     length = -(-(max(map(len, own)) + len(odd)) // 2) * 2
     padded = [[*odd, *units, *[-1] * (length - len(units) - len(odd))] for units in own]
-    plain_steps, masked_steps = _pairs(plain), _pairs(masked)
+    plain_steps, masked_steps = [*lone, *_pairs(plain)], _pairs(masked)
     turns = [step for steps in zip(*map(_pairs, padded), strict=True) for step in steps]
     return [*plain_steps, *masked_steps, *turns], len(plain_steps), len(plain_steps) + len(masked_steps)
 
