@@ -6,6 +6,7 @@ The project root, the way a user's mistake is told, and the step from a config t
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 ROOT_VARIABLE = "LINEARIZE_ROOT"
 _REFUSED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+# What PyTorch's allocators say: those of GPUs, CUDA itself, and that of the CPU, whose error has no class of its own.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
+_ASKED_FOR = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)
 
 
 def register_resolvers(root: str | Path | None = None) -> None:
@@ -47,13 +51,13 @@ def register_resolvers(root: str | Path | None = None) -> None:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Prints a user's mistake as one sentence and exits with 2; after Ctrl-C it exits with 130.
+    """Prints a user's mistake, or what the machine refuses, as one sentence and exits with 2; after Ctrl-C with 130.
 
     In a Hydra multirun the exception goes on to the sweeper.
     """
     try:
         yield
-    except (LinearizeError, InstantiationException, ModuleNotFoundError, OSError) as error:
+    except (LinearizeError, InstantiationException, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
         sentence = describe_failure(error)
         if sentence is None or (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
             raise
@@ -80,6 +84,13 @@ def describe_failure(error: Exception) -> str | None:
         return describe_missing(error, "This run")
     if isinstance(error, OSError) and error.errno in _REFUSED_WRITES:
         return str(refused_write(error.filename or "A file of this run", error))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        asked_for = _ASKED_FOR.search(str(error))
+        return (
+            f"This machine ran out of memory{f' ({asked_for[0].lower()})' if asked_for else ''}: train with a smaller "
+            "data.batch_size or activation_memory_gib, or with experiment=small_memory; sample and evaluate smaller "
+            "pictures or batches."
+        )
     return None
 
 

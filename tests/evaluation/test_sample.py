@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +66,11 @@ def test_mistakes_are_told(configured, overrides, message, tmp_path, monkeypatch
     with pytest.raises(LinearizeError, match=message):
         sample(configured(*overrides))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_no_memory_holds_is_told_in_one_sentence(run_script, tiny_flux_folder, tmp_path):
+    done = run_script(
+        "sample.py", tmp_path, *SMALL, f"teacher.path={tiny_flux_folder}", "prompt=a", "height=4194304", "width=4194304"
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"error: This machine ran out of memory \(tried to allocate \d+ bytes\): .*pictures", done.stderr)
