@@ -90,7 +90,7 @@ def test_bf16_is_computed_in_float32():
 def test_groups_of_heads_make_no_difference(gate_width, monkeypatch):
     leaves = [tensor.requires_grad_() for tensor in inputs(2 * CHUNK + 9, gate_width)]
     expected = chunked(*leaves)
-    monkeypatch.setattr(chunked_scan, "NUMBERS_AT_A_TIME", 1)
+    monkeypatch.setattr(chunked_scan, "NUMBERS_ON_A_CPU", 1)
     output = chunked(*leaves)
     torch.testing.assert_close(output, expected)
     gradients = (torch.autograd.grad(found.sin().sum(), leaves) for found in (output, expected))
@@ -177,6 +177,30 @@ def test_calls_grow_with_the_logarithm_of_the_tokens(gate_width, most):
     # Sixteen times the tokens are one more level.
     assert max(counts[2] - counts[1], counts[1] - counts[0]) < 50
     assert counts[2] <= most
+
+
+class Sizes(TorchDispatchMode):
+    """The size in bytes of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        result = call(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not call.is_view:
+            self.largest = max(self.largest, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("gate_width", [1, 32])
+def test_on_a_cpu_tensors_in_between_are_no_larger_than_the_result(gate_width):
+    shape = 1, 8, 2**15, 32
+    query, key, value = torch.rand(3, *shape)
+    gates = torch.full((2, *shape[:3], gate_width), -0.1)
+    with torch.no_grad(), Sizes() as sizes:
+        output = chunked(query, key, value, *gates)
+    assert sizes.largest == output.nbytes
 
 
 def test_operations_are_linear_in_tokens():

@@ -16,8 +16,9 @@ from linearize.ops.products import add_product, aligned, wide_product
 
 # Tokens of a chunk: within it weights are explicit, between chunks states are carried on.
 CHUNK = 64
-# Numbers that a group of heads may have in its queries.
-NUMBERS_AT_A_TIME = 2**27
+# Numbers that a group of heads may have in its queries; its intermediate tensors have some forty times as many. A CPU's
+# allocator keeps what is small and maps what is large anew, which takes longer than the products.
+NUMBERS_AT_A_TIME, NUMBERS_ON_A_CPU = 2**27, 2**20
 
 
 def chunked(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, backward_gate: Tensor) -> Tensor:
@@ -29,7 +30,8 @@ def chunked(query: Tensor, key: Tensor, value: Tensor, forward_gate: Tensor, bac
     than the arguments.
     """
     arguments = (query, key, aligned(value), forward_gate, backward_gate)
-    size = max(1, NUMBERS_AT_A_TIME // max(1, query[:, 0].numel()))
+    numbers = NUMBERS_ON_A_CPU if query.device.type == "cpu" else NUMBERS_AT_A_TIME
+    size = max(1, numbers // max(1, query[:, 0].numel()))
     groups = zip(*(states.split(size, dim=1) for states in arguments), strict=True)
     outputs = [_Scan.apply(*group) for group in groups]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))[..., : value.shape[-1]]
