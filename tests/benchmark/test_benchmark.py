@@ -23,7 +23,7 @@ from linearize.errors import LinearizeError
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.backends import BACKENDS, Backend
 from linearize.ops.naive import dense_sight, naive_attention
-from linearize.ops.regions import Disc
+from linearize.ops.regions import REGIONS, Disc
 from linearize.teachers import load_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,8 @@ def test_rows_compare_with_dense_attention_of_the_same_size_and_pass(sizes):
     dense = {(row["side"], row["pass"]): row["median_seconds"] for row in rows if row["kernel"] == "dense"}
     for row in rows:
         assert 0 < row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
-        assert row["ratio_to_dense"] == dense[row["side"], row["pass"]] / row["median_seconds"]
+        assert row["dense_seconds"] == dense[row["side"], row["pass"]]
+        assert row["ratio_to_dense"] == row["dense_seconds"] / row["median_seconds"]
         assert row["graphed"] is False
     visited = {row["kernel"]: row["visited_over_exact"] for row in rows if row["side"] == 12 and row["window"] == 2}
     assert visited["naive"] > visited["halo"] >= 1
@@ -57,8 +58,45 @@ def test_both_passes_are_timed_on_a_gpu_by_replaying_their_graph():
     sizes = LayerSizes(2, 64, 128, 1, torch.bfloat16, torch.device("cuda"), warmup=1, repeats=3)
     axes = {"sides": [32], "windows": [4], "backends": ["triton"], "passes": ["forward", "forward_backward"]}
     forward, both = (row for row in attention_rows(sizes, **axes) if row["kernel"] == "triton")
+    assert forward["hopper"] == both["hopper"]
+    assert not forward["hopper"] or torch.cuda.get_device_capability()[0] == 9
     assert forward["graphed"] and both["graphed"]
     assert 0 < forward["peak_memory_gib"] < both["peak_memory_gib"]
+
+
+@pytest.mark.parametrize("region", ["neighborhood", "tiles"])
+def test_other_regions_are_measured_with_their_own_pairs(sizes, region):
+    sizes = dataclasses.replace(sizes, region=region)
+    axes = {"sides": [20], "windows": [3], "passes": ["forward"]}
+    dense, halo, natten, clear = attention_rows(sizes, backends=["halo", "natten", "clear_raster_flex"], **axes)
+    assert (dense["region"], halo["region"]) == (None, region)
+    assert halo["median_seconds"] > 0 and halo["visited_over_exact"] >= 1
+    layout = Layout(sizes.num_text_tokens, (Grid(20, 20),), tile=TILE)
+    sight = int(dense_sight(layout, REGIONS[region](3)).sum())
+    pairs = sight + 20 * 20 * 5 + 5 * layout.num_tokens
+    operations = 4 * sizes.num_heads * sizes.head_dim * pairs
+    assert halo["tflops_exact"] == pytest.approx(operations / halo["median_seconds"] / 1e12)
+    reason = "it needs a GPU" if region == "neighborhood" else "it knows the region 'neighborhood' alone"
+    assert reason in natten["error"]
+    assert clear["error"].endswith(f"not '{region}': set attention.region=disc")
+
+
+@pytest.mark.gpu
+def test_natten_is_measured():
+    natten = pytest.importorskip("natten")
+    if not natten.HAS_LIBNATTEN:
+        pytest.skip("natten is installed without its kernels")
+    device = torch.device("cuda")
+    sizes = LayerSizes(2, 64, 128, 1, torch.bfloat16, device, warmup=1, repeats=3, region="neighborhood")
+    rows = attention_rows(sizes, sides=[32], windows=[4], backends=["natten"], passes=["forward", "forward_backward"])
+    assert all(row["median_seconds"] > 0 for row in rows if row["kernel"] == "natten")
+
+
+def test_tokens_that_memory_does_not_hold_are_rows_that_say_so(sizes):
+    sizes = dataclasses.replace(sizes, num_heads=1 << 24)
+    (dense,) = attention_rows(sizes, sides=[5000], windows=[], backends=[], passes=["forward"])
+    choices = "choose smaller attention.sides, or fewer heads or pictures"
+    assert dense["error"] == f"out of memory: it needs more than this machine has; {choices}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,13 +242,15 @@ def test_a_backend_that_the_machine_lacks_is_a_row_with_the_reason(sizes):
     [
         ({"backends": ["tritton", "halo"]}, "attention.backends names 'tritton': choose from auto, naive, dense, "),
         ({"backends": ["clear_raster_flex"]}, "None of attention.backends=[clear_raster_flex] runs here: "),
+        ({"region": "circle"}, "attention.region names 'circle': choose from disc, tiles, neighborhood."),
         ({"passes": ["backward"]}, "attention.passes names 'backward': choose from forward, forward_backward."),
     ],
 )
 def test_nothing_is_measured_for_backends_that_cannot_be_compared(sizes, changed, sentence):
     axes = {"sides": [8], "windows": [3], "backends": ["halo"], "passes": ["forward"], **changed}
+    sizes = dataclasses.replace(sizes, head_dim=8, region=axes.pop("region", "disc"))
     with pytest.raises(LinearizeError, match=re.escape(sentence)):
-        next(attention_rows(dataclasses.replace(sizes, head_dim=8), **axes))
+        next(attention_rows(sizes, **axes))
 
 
 def test_a_run_leaves_json_page_and_plot(tmp_path):
@@ -236,8 +276,15 @@ def test_a_run_leaves_json_page_and_plot(tmp_path):
     assert is_new == [(side, kind) == (12, "forward") for _, side, kind in subjects[0]]
     assert json.loads((tmp_path / "layer.json").read_text())["rows"] == json.loads(json.dumps(again))
     assert "| side | pass |" in (tmp_path / "layer.md").read_text()
+    cfg.attention.region, cfg.attention.sides = "tiles", [12]
+    tiles = benchmark(cfg)["rows"]
+    assert [row["kernel"] for row in tiles[len(again) :]] == ["halo"]
+    assert all(row["ratio_to_dense"] == row["dense_seconds"] / row["median_seconds"] for row in tiles)
+    page = (tmp_path / "layer.md").read_text()
+    assert "| side | pass | region | window |" in page and "| dense ms |" in page
+    assert all(f"| 12 | forward | {region} | 3 |" in page for region in ("disc", "tiles"))
     cfg.attention.batch = 2
-    assert len(benchmark(cfg)["rows"]) == len(again) + 4
+    assert len(benchmark(cfg)["rows"]) == len(tiles) + 2
     page = (tmp_path / "layer.md").read_text()
     assert "| side | batch | pass |" in page and "| 12 | 2 | forward |" in page and "| 12 | 1 | forward |" in page
     cfg.suite = "scans"
@@ -269,6 +316,7 @@ def test_suites_of_models_leave_pages_and_plots(tiny_flux_folder, tmp_path):
         ("attention.windows=[8,0]", "attention.windows=0; choose a whole number, 1 or more"),
         ("attention.batch=0", "attention.batch=0; choose a whole number, 1 or more"),
         ("attention.warmup=-1", "attention.warmup=-1; choose a whole number, 0 or more"),
+        ("dtype=float8", "dtype names 'float8': choose from auto, float32, bfloat16, float16."),
     ],
 )
 def test_settings_that_count_are_checked_before_anything_is_measured(tmp_path, override, sentence):

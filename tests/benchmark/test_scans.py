@@ -50,6 +50,11 @@ def test_a_kernel_that_fails_is_a_row_that_says_so(sizes, monkeypatch):
     assert [row["error"] for row in rows] == ["RuntimeError: no such GPU"]
 
 
+def test_what_memory_does_not_hold_is_a_row_that_says_so(sizes):
+    (row,) = scan_rows(sizes, sides=[1 << 21], kernels=["linear_attention"], passes=["forward"])
+    assert row["error"].endswith("this machine has; choose smaller scans.sides, or fewer heads or pictures")
+
+
 def test_unknown_names_tell_the_choices(sizes):
     with pytest.raises(LinearizeError, match=r"scans\.kernels names 'mamba': choose from fla_simple_gla, "):
         next(scan_rows(sizes, sides=[8], kernels=["mamba"], passes=["forward"]))

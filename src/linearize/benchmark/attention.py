@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from linearize.benchmark.timing import measured_or_reason
-from linearize.benchmark.visited import exact_pairs, visited_pairs
+from linearize.benchmark.timing import fitting, measure
+from linearize.benchmark.visited import exact_pairs, takes_hopper, visited_pairs
 from linearize.errors import LinearizeError, check_names
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.backends import BACKENDS
 from linearize.ops.local_attention import explain_backend, local_attention
-from linearize.ops.regions import Disc
+from linearize.ops.regions import REGIONS
 
 # Largest relative error, |out - reference| / |reference| against float64, at which a speed may be reported.
 PARITY = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -29,7 +29,7 @@ DENSE_KERNELS: dict[str, dict[str, SDPBackend | None]] = {
     "cpu": {"dense": None},
     "cuda": {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION},
 }
-# Peers that are a backend in an order of tokens other than tiles: CLEAR runs FlexAttention in raster order.
+# Peers that are a backend in an order of tokens other than tiles: CLEAR runs FlexAttention in raster order, on discs.
 PEERS: dict[str, tuple[str, tuple[int, int] | None]] = {"clear_raster_flex": ("flex", None)}
 # Operations for each pair and channel: two products forward, and five more backward.
 _OPERATIONS = {"forward": 4, "forward_backward": 14}
@@ -48,6 +48,7 @@ class LayerSizes:
         device: Where.
         warmup: Calls before the clock starts.
         repeats: Timed calls.
+        region: Of `REGIONS`: which image tokens an image token sees.
     """
 
     num_heads: int
@@ -58,6 +59,7 @@ class LayerSizes:
     device: torch.device
     warmup: int
     repeats: int
+    region: str = "disc"
 
     def tokens(self, grid: Grid, seed: int) -> tuple[Tensor, ...]:
         """Random query, key and value that require gradients: [batch, heads, tokens, head_dim], token-major in memory.
@@ -78,20 +80,22 @@ def attention_rows(
     Args:
         sizes: The layer.
         sides: Sides of square grids in tokens.
-        windows: Radii of the disc.
+        windows: Radii of the region.
         backends: Of `local_attention`, or of `PEERS`.
         passes: "forward" and "forward_backward".
         seed: Of the tokens.
 
     Yields:
-        One row for each measurement, with `ratio_to_dense` against the first dense kernel of the same grid and pass, or
-        with `error`: why the machine does not run it, or that it does not compute the disc's attention.
+        One row for each measurement, with `ratio_to_dense` against the first dense kernel of the same grid and pass,
+        whose time is `dense_seconds`, or with `error`: why the machine does not run it, or that it does not compute the
+        region's attention.
 
     Raises:
-        LinearizeError: A pass or backend is unknown, or no backend runs any of it on this machine.
+        LinearizeError: A pass, backend or region is unknown, or no backend runs any of it on this machine.
     """
     check_names("attention.passes", passes, _OPERATIONS)
     check_names("attention.backends", backends, ("auto", *BACKENDS, *PEERS))
+    check_names("attention.region", [sizes.region], REGIONS)
     calls = itertools.product(sides, windows, backends, passes)
     refusals = [_refusal(sizes, Grid(side, side), window, name, kind) for side, window, name, kind in calls]
     if refusals and all(refusals):
@@ -99,32 +103,35 @@ def attention_rows(
     checked: dict[tuple[str, int], dict[str, Any]] = {}
     for side in sides:
         grid = Grid(side, side)
-        states = sizes.tokens(grid, seed)
         for kind in passes:
             dense_seconds: float | None = None
+            subject: dict[str, Any] = {"side": side, "pass": kind, "region": None, "window": None, "batch": sizes.batch}
             for name, kernel in DENSE_KERNELS[sizes.device.type].items():
-                row: dict[str, Any] = {"kernel": name, "side": side, "pass": kind, "window": None, "batch": sizes.batch}
-                row |= _time(sizes, _dense_call(kernel), states, kind)
+                row: dict[str, Any] = {"kernel": name, **subject}
+                row |= _time(sizes, _dense_call(kernel), grid, kind, seed)
                 dense_seconds = dense_seconds or row.get("median_seconds")
                 yield row | _dense_rate(sizes, grid, row) | _ratio(dense_seconds, row)
             for window in windows:
                 for name in backends:
-                    row = {"kernel": name, "side": side, "pass": kind, "window": window, "batch": sizes.batch}
+                    row = {"kernel": name, **subject, "region": sizes.region, "window": window}
                     reason = _refusal(sizes, grid, window, name, kind)
                     if reason is None and (name, window) not in checked:
                         checked[name, window] = _checked(sizes, window, name, seed)
                     row |= checked[name, window] if reason is None else {"error": reason}
-                    if "error" in row:
-                        yield row
-                        continue
-                    row |= _time(sizes, _local_call(sizes, grid, window, name), states, kind)
-                    row |= _ratio(dense_seconds, row)
-                    yield row | _pairs(sizes, grid, window, name, row)
+                    if "error" not in row:
+                        row |= _time(sizes, _local_call(sizes, grid, window, name), grid, kind, seed)
+                    if "error" not in row:
+                        row |= _ratio(dense_seconds, row) | _pairs(sizes, grid, window, name, row)
+                    yield row
 
 
 def _checked(sizes: LayerSizes, window: int, backend: str, seed: int) -> dict[str, Any]:
     try:
-        return {"parity_error": check_parity(sizes, window, backend, seed)}
+        return fitting(
+            lambda: {"parity_error": check_parity(sizes, window, backend, seed)},
+            sizes.device,
+            "fewer heads or pictures",
+        )
     except LinearizeError as error:
         return {"error": str(error)}
 
@@ -172,6 +179,8 @@ def _results(
 
 def _refusal(sizes: LayerSizes, grid: Grid, window: int, name: str, kind: str) -> str | None:
     """Why a backend does not compute a pass here, or None."""
+    if name in PEERS and sizes.region != "disc":
+        return f"{name} knows the region 'disc' alone, not {sizes.region!r}: set attention.region=disc"
     shape = (sizes.batch, sizes.num_heads, sizes.num_text_tokens + grid.num_tokens, sizes.head_dim)
     states = torch.empty((), dtype=sizes.dtype, device=sizes.device).expand(shape).requires_grad_(kind != "forward")
     with torch.set_grad_enabled(kind != "forward"):
@@ -195,6 +204,7 @@ def _options(sizes: LayerSizes, grid: Grid, window: int, name: str) -> dict[str,
     return {
         "grid": grid,
         "window": window,
+        "region": sizes.region,
         "backend": backend,
         "tile": tile,
         "num_text_tokens": sizes.num_text_tokens,
@@ -210,23 +220,32 @@ def _local_call(sizes: LayerSizes, grid: Grid, window: int, name: str, **changed
     return call
 
 
-def _time(sizes: LayerSizes, call: Callable[..., Tensor], states: tuple[Tensor, ...], kind: str) -> dict[str, Any]:
-    gradient = torch.ones_like(states[0])
+def _time(sizes: LayerSizes, call: Callable[..., Tensor], grid: Grid, kind: str, seed: int) -> dict[str, Any]:
+    def measured() -> dict[str, Any]:
+        states = sizes.tokens(grid, seed)
+        gradient = torch.ones_like(states[0])
 
-    def forward() -> None:
-        with torch.no_grad():
-            call(*states)
+        def forward() -> None:
+            with torch.no_grad():
+                call(*states)
 
-    def forward_backward() -> None:
-        torch.autograd.grad(call(*states), states, gradient)
+        def forward_backward() -> None:
+            torch.autograd.grad(call(*states), states, gradient)
 
-    timed = {"forward": forward, "forward_backward": forward_backward}[kind]
-    return measured_or_reason(timed, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats, graphed=True)
+        timed = {"forward": forward, "forward_backward": forward_backward}[kind]
+        timing = measure(timed, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats, graphed=True)
+        return timing.as_dict()
+
+    # What does not fit may be the tokens themselves.
+    return fitting(measured, sizes.device, "smaller attention.sides, or fewer heads or pictures")
 
 
 def _ratio(dense_seconds: float | None, row: dict[str, Any]) -> dict[str, Any]:
     seconds = row.get("median_seconds")
-    return {"ratio_to_dense": dense_seconds / seconds if dense_seconds and seconds else None}
+    return {
+        "dense_seconds": dense_seconds,
+        "ratio_to_dense": dense_seconds / seconds if dense_seconds and seconds else None,
+    }
 
 
 def _dense_rate(sizes: LayerSizes, grid: Grid, row: dict[str, Any]) -> dict[str, Any]:
@@ -237,11 +256,13 @@ def _dense_rate(sizes: LayerSizes, grid: Grid, row: dict[str, Any]) -> dict[str,
 def _pairs(sizes: LayerSizes, grid: Grid, window: int, name: str, row: dict[str, Any]) -> dict[str, Any]:
     """Pairs of an image query and a key that are visited for each that is exact, and rates with text queries added."""
     backend, tile = PEERS.get(name, (name, TILE))
-    layout, region = Layout(sizes.num_text_tokens, (grid,), tile=tile), Disc(window)
+    layout, region = Layout(sizes.num_text_tokens, (grid,), tile=tile), REGIONS[sizes.region](window)
     text = layout.num_text_tokens * layout.num_tokens
     exact = exact_pairs(layout, region)
     visited = visited_pairs(backend, layout, region, sizes.head_dim, sizes.device)
     found: dict[str, Any] = {"tflops_exact": _tflops(sizes, row, exact + text)}
+    if backend == "triton":
+        found["hopper"] = takes_hopper(layout, region, sizes.head_dim, sizes.device)
     if visited is None:
         return found
     found |= {"visited_over_exact": visited / exact, "tflops_visited": _tflops(sizes, row, visited + text)}

@@ -80,8 +80,9 @@ def mixer_rows(teacher: Teacher, names: Sequence[str], settings: MixerSettings) 
         settings: How.
 
     Yields:
-        A row for each mixer and size ("pass": "forward"), with `ratio_to_dense`, then one of its training step
-        ("train_step": forward of teacher and student, backward and optimizer) with `samples_per_second`.
+        A row for each mixer and size ("pass": "forward"), with `ratio_to_dense`, which is to `dense_seconds`, then one
+        of its training step ("train_step": forward of teacher and student, backward and optimizer) with
+        `samples_per_second`.
 
     Raises:
         LinearizeError: A mixer is unknown.
@@ -94,7 +95,8 @@ def mixer_rows(teacher: Teacher, names: Sequence[str], settings: MixerSettings) 
                 if name == DENSE and row["pass"] == "forward":
                     dense[row["size"]] = row["median_seconds"]
                 if row["pass"] == "forward" and row["size"] in dense:
-                    row["ratio_to_dense"] = dense[row["size"]] / row["median_seconds"]
+                    row["dense_seconds"] = dense[row["size"]]
+                    row["ratio_to_dense"] = row["dense_seconds"] / row["median_seconds"]
                 yield {"mixer": name, "arguments": mixer_defaults(name), **row}
         except Exception as error:  # of any kernel: its failure is this mixer's result
             yield {"mixer": name, "arguments": mixer_defaults(name), "error": first_sentence(error)}

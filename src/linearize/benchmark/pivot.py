@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # What a line stands for, in the order of the columns on the left, where rows have it.
-_LINES = {"side": "side", "size": "pixels", "batch": "batch", "pass": "pass", "window": "window"}
+_LINES = {"side": "side", "size": "pixels", "batch": "batch", "pass": "pass", "region": "region", "window": "window"}
 # Told apart only where there are several.
-_SHARED = ("batch",)
+_SHARED = ("batch", "region")
+# What dense attention has none of.
+_LOCAL = ("region", "window")
 _NAMES = ("kernel", "model")
 _RATIOS = ("ratio_to_dense", "ratio_to_teacher", "ratio_to_first")
 
@@ -15,8 +17,8 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     """The header and the cells of a table that compares kernels or models.
 
     A cell is the time, and in brackets how many times faster than what the ratios are to; a dash where nothing was
-    measured. Rows without a window, dense attention, stand in the lines of every window. Batches have a column where
-    they differ.
+    measured. Rows without a window, dense attention, stand in the lines of every window and region. Batches and
+    regions have a column where they differ.
 
     Args:
         rows: Of one suite.
@@ -29,7 +31,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     cells = {(tuple(row.get(name) for name in lines), _name(row)): _cell(row) for row in rows}
     table = []
     for key in windowed or keys:
-        anywhere = key if "window" not in lines else (*key[:-1], None)
+        anywhere = tuple(None if name in _LOCAL else value for name, value in zip(lines, key, strict=True))
         times = [cells.get((key, name)) or cells.get((anywhere, name)) or "-" for name in names]
         table.append([*(str(value) for value in key), *times])
     return [*(_LINES[name] for name in lines), *names], table

@@ -20,7 +20,7 @@ def plot_attention(result: Mapping[str, Any], path: str | Path) -> None:
     batch_of = _batch_label(result)
     for row in result["rows"]:
         if row["pass"] == "forward" and "median_seconds" in row:
-            label = row["kernel"] if row["window"] is None else f"{row['kernel']}, window {row['window']}"
+            label = row["kernel"] if row["window"] is None else f"{row['kernel']}, {row['region']} {row['window']}"
             lines[label + batch_of(row)].append((row["side"] ** 2, 1000 * row["median_seconds"]))
     _draw(lines, path, "image tokens", "milliseconds", f"One attention layer, forward: {result['machine']}", log=True)
 

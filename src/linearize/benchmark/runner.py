@@ -19,12 +19,12 @@ from linearize.benchmark.profile import profile_tables
 from linearize.benchmark.scans import ScanSizes, scan_rows
 from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.config import build_teacher, plain
-from linearize.errors import LinearizeError, check_count
+from linearize.errors import LinearizeError, check_count, check_names
 from linearize.evaluation.environment import command, machine, versions
 from linearize.evaluation.tables import markdown_table
 from linearize.files import read_json_object, write_json, write_text
 from linearize.mixers import mixer_names
-from linearize.teachers import resolve_device, resolve_dtype
+from linearize.teachers import DTYPES, resolve_device, resolve_dtype
 
 # What is measured of one subject, by name.
 Row = dict[str, Any]
@@ -37,11 +37,13 @@ _COLUMNS = {
     "side": ("side", None),
     "pixels": ("size", None),
     "pass": ("pass", None),
+    "region": ("region", None),
     "window": ("window", None),
     "batch": ("batch", None),
     "ms": ("median_seconds", 1000),
     "GiB": ("peak_memory_gib", 1),
     "GiB loaded": ("memory_after_loading_gib", 1),
+    "dense ms": ("dense_seconds", 1000),
     "x dense": ("ratio_to_dense", 1),
     "x teacher": ("ratio_to_teacher", 1),
     "x first": ("ratio_to_first", 1),
@@ -66,7 +68,7 @@ _COUNTS = {
 }
 _LISTS = ("sides", "sizes", "windows", "probe")
 # What is measured, of all fields of a row; the others tell how it went.
-_SUBJECT = ("kernel", "model", "mixer", "side", "size", "pass", "window", "batch")
+_SUBJECT = ("kernel", "model", "mixer", "side", "size", "pass", "region", "window", "batch")
 
 
 def benchmark(cfg: DictConfig) -> dict[str, Any]:
@@ -173,14 +175,18 @@ def page(result: Mapping[str, Any], title: str) -> str:
 def _attention(cfg: DictConfig, device: torch.device, earlier: list[Row]) -> Iterator[Row]:
     settings = plain(cfg.attention)
     axes = {name: settings.pop(name) for name in ("sides", "windows", "backends", "passes")}
-    dtype = resolve_dtype(cfg.dtype, device)
-    return attention_rows(LayerSizes(**settings, dtype=dtype, device=device), **axes)
+    return attention_rows(LayerSizes(**settings, dtype=_dtype(cfg, device), device=device), **axes)
 
 
 def _scans(cfg: DictConfig, device: torch.device, earlier: list[Row]) -> Iterator[Row]:
     settings = plain(cfg.scans)
     axes = {name: settings.pop(name) for name in ("sides", "kernels", "passes")}
-    return scan_rows(ScanSizes(**settings, dtype=resolve_dtype(cfg.dtype, device), device=device), **axes)
+    return scan_rows(ScanSizes(**settings, dtype=_dtype(cfg, device), device=device), **axes)
+
+
+def _dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
+    check_names("dtype", [cfg.dtype], ("auto", *DTYPES))
+    return resolve_dtype(cfg.dtype, device)
 
 
 def _mixers(cfg: DictConfig, device: torch.device, earlier: list[Row]) -> Iterator[Row]:

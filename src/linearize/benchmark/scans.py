@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.benchmark.attention import PARITY
-from linearize.benchmark.timing import measure
+from linearize.benchmark.timing import fitting, measure
 from linearize.errors import LinearizeError, check_names
 from linearize.extras import require
 from linearize.layout import TILE, Grid, Layout
@@ -174,30 +174,31 @@ def check_parity(sizes: ScanSizes, name: str, kind: str, seed: int = 0) -> float
 def _time(sizes: ScanSizes, name: str, kind: str, side: int, seed: int) -> dict[str, Any]:
     operation, grid = OPERATIONS[name], Grid(side, side)
     layout = Layout(0, (grid,), tile=TILE)
-    leaves = sizes.draw(grid, _gate_width(sizes, operation), seed)
-    if operation.token_major:
-        leaves = _token_major(leaves)
 
-    def forward() -> Tensor:
-        return operation.compute(leaves, layout, sizes.window)
+    def measured() -> dict[str, Any]:
+        leaves = sizes.draw(grid, _gate_width(sizes, operation), seed)
+        if operation.token_major:
+            leaves = _token_major(leaves)
 
-    def forward_backward() -> None:
-        output = forward()
-        torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+        def forward() -> Tensor:
+            return operation.compute(leaves, layout, sizes.window)
 
-    try:
+        def forward_backward() -> None:
+            output = forward()
+            torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+
         with torch.set_grad_enabled(kind == "forward_backward"):
             call = forward_backward if kind == "forward_backward" else forward
             timing = measure(call, sizes.device, warmup=sizes.warmup, repeats=sizes.repeats, graphed=True).as_dict()
-    except torch.OutOfMemoryError as error:
-        return {"error": f"out of memory: {str(error).splitlines()[0]}"}
-    if kind == "forward_backward":
-        return timing
-    flops = operation.flops(layout, sizes.window, sizes.head_dim) * sizes.batch * sizes.num_heads
-    read = leaves[:3] if operation.gates == "none" else leaves
-    moved = sum(leaf.numel() * leaf.element_size() for leaf in (*read, leaves.value))
-    seconds = timing["median_seconds"]
-    return timing | {"tflops_per_second": flops / seconds / 1e12, "gb_per_second": moved / seconds / 1e9}
+        return timing if kind == "forward_backward" else timing | rates(leaves, timing["median_seconds"])
+
+    def rates(leaves: Leaves, seconds: float) -> dict[str, Any]:
+        flops = operation.flops(layout, sizes.window, sizes.head_dim) * sizes.batch * sizes.num_heads
+        read = leaves[:3] if operation.gates == "none" else leaves
+        moved = sum(leaf.numel() * leaf.element_size() for leaf in (*read, leaves.value))
+        return {"tflops_per_second": flops / seconds / 1e12, "gb_per_second": moved / seconds / 1e9}
+
+    return fitting(measured, sizes.device, "smaller scans.sides, or fewer heads or pictures")
 
 
 def _gate_width(sizes: ScanSizes, operation: Operation) -> int:

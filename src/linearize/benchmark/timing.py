@@ -92,16 +92,39 @@ def measured_or_reason(
     """Times `call` as `measure` does.
 
     Returns:
-        The fields of the timing, or where the GPU's memory does not hold it, "error": one sentence.
+        The fields of the timing, or where memory does not hold it, "error": one sentence.
+    """
+    return fitting(
+        lambda: measure(call, device, warmup=warmup, repeats=repeats, graphed=graphed).as_dict(),
+        device,
+        "a smaller size or batch",
+    )
+
+
+def fitting(measured: Callable[[], dict[str, Any]], device: torch.device, smaller: str) -> dict[str, Any]:
+    """What a function finds, or where memory does not hold it, "error": one sentence.
+
+    Args:
+        measured: Allocates and measures.
+        device: Where.
+        smaller: What the user may choose instead.
     """
     try:
-        return measure(call, device, warmup=warmup, repeats=repeats, graphed=graphed).as_dict()
-    except torch.OutOfMemoryError:
-        pass
+        return measured()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
     # Outside of the handler, where the failed call's tensors are gone.
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory / GIB
-    return {"error": f"out of memory: it needs more than this GPU's {total:.0f} GiB; choose a smaller size or batch"}
+    memory = "this machine has"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        memory = f"this GPU's {torch.cuda.get_device_properties(device).total_memory / GIB:.0f} GiB"
+    return {"error": f"out of memory: it needs more than {memory}; choose {smaller}"}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory is full: that of a GPU, or a CPU's, for which PyTorch has no class of errors."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:

@@ -27,9 +27,14 @@ def exact_pairs(layout: Layout, region: Region) -> int:
 
 def visited_pairs(backend: str, layout: Layout, region: Region, head_dim: int, device: torch.device) -> int | None:
     """Pairs that a backend of `local_attention` computes; None where nothing here counts them."""
-    if backend == "triton" and serves(layout, region_name(region), head_dim, device):
+    if backend == "triton" and takes_hopper(layout, region, head_dim, device):
         return _hopper(layout, region)
     return VISITED[backend](layout, region) if backend in VISITED else None
+
+
+def takes_hopper(layout: Layout, region: Region, head_dim: int, device: torch.device) -> bool:
+    """Whether the backend "triton" computes the forward pass by its Hopper kernel, and not by the portable one."""
+    return serves(layout, region_name(region), head_dim, device)
 
 
 def _all(layout: Layout, region: Region) -> int:
