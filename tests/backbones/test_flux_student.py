@@ -228,7 +228,7 @@ def test_two_images_as_in_kontext(untouched, student):
 def test_irregular_ids_are_refused(student):
     inputs = flux_inputs()
     inputs["img_ids"] = inputs["img_ids"].flip(0)
-    with pytest.raises(LinearizeError, match="do not form a rectangle"):
+    with pytest.raises(LinearizeError, match="do not form rectangles"):
         student("clear")(**inputs)
 
 

@@ -40,9 +40,14 @@ def test_scaled_and_shifted_ids_are_read_right():
         ids_of(4, 5)[torch.randperm(20, generator=torch.Generator().manual_seed(0))],
         ids_of(4, 5).flip(0),
         ids_of(4, 5)[:, [0, 2, 1]],
+        ids_of(24, 1).square(),
+        ids_of(3, 4).square(),
+        ids_of(24, 1)[torch.arange(24) != 11],
     ],
-    ids=["all_zero", "one_missing", "shuffled", "reversed", "column_major"],
+    ids=["all_zero", "one_missing", "shuffled", "reversed", "column_major", "squares", "squares_2d", "row_missing"],
 )
 def test_irregular_ids_are_refused(ids):
-    with pytest.raises(LinearizeError, match="do not form a rectangle in raster order"):
+    with pytest.raises(
+        LinearizeError, match=f"ids of {len(ids)} image tokens do not .* equal steps .* need them; pass"
+    ):
         grids_from_ids(ids)
