@@ -28,6 +28,17 @@ def test_auto_takes_the_first_backend_that_does_not_refuse_and_tells_why():
     assert masked.refused == {"dense": "it takes neither a key mask nor pooled keys"}
 
 
+def test_heads_of_several_radii_are_explained_as_they_are_computed():
+    states = tokens()
+    report = explain_backend(*states, window=[3, 10], **ARGUMENTS)
+    assert str(report) == "halo and dense; not dense: window=3 does not cover the whole picture"
+    assert explain_backend(*states, window=(10, 10), **ARGUMENTS) == BackendReport("dense")
+    two = explain_backend(*states, window=[3, 4], **ARGUMENTS)
+    assert two.chosen == "halo" and "window=3" in two.refused["dense"] and "window=4" in two.refused["dense"]
+    with pytest.raises(LinearizeError, match="window names 3 radii for 2 heads"):
+        explain_backend(*states, window=[3, 3, 10], **ARGUMENTS)
+
+
 def test_auto_ends_with_a_backend_that_serves_everything():
     for order in (*PREFERENCE.values(), ELSEWHERE):
         assert order[-1] == "halo"

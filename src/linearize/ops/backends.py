@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import index
@@ -86,7 +86,7 @@ class BackendReport:
     """Which backend serves a call, and why the others that were asked do not.
 
     Attributes:
-        chosen: A name of `BACKENDS`.
+        chosen: A name of `BACKENDS`; of several calls those of all, joined by "and".
         refused: Reasons by the name of the backend, in the order in which they were asked.
     """
 
@@ -95,6 +95,16 @@ class BackendReport:
 
     def __str__(self) -> str:
         return "; ".join([self.chosen, *(f"not {name}: {reason}" for name, reason in self.refused.items())])
+
+
+def join_reports(reports: Sequence[BackendReport]) -> BackendReport:
+    """What is told of several calls: each backend and each reason once."""
+    chosen = dict.fromkeys(report.chosen for report in reports)
+    reasons: dict[str, dict[str, None]] = {}
+    for report in reports:
+        for name, reason in report.refused.items():
+            reasons.setdefault(name, {})[reason] = None
+    return BackendReport(" and ".join(chosen), {name: " and ".join(each) for name, each in reasons.items()})
 
 
 def choose_backend(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linearize.errors import LinearizeError
 from linearize.layout import Grid, Layout
-from linearize.ops.backends import BACKENDS, BackendReport, choose_backend, warn_if_slow
+from linearize.ops.backends import BACKENDS, BackendReport, choose_backend, join_reports, warn_if_slow
 from linearize.ops.dense_attention import match_heads
 from linearize.ops.precision import as_under_autocast
 from linearize.ops.regions import REGIONS, Region
@@ -70,7 +70,7 @@ def local_attention(
             machine, or tokens and grid disagree.
     """
     layout = Layout(num_text_tokens, (grid,) if isinstance(grid, Grid) else tuple(grid), text_first, tile)
-    windows = (window,) * query.shape[1] if isinstance(window, int) else tuple(window)
+    windows = _radii(window, query)
     _check(query, layout, windows, region)
     num_pooled = 0
     if pooled_key is not None and pooled_value is not None:
@@ -106,7 +106,7 @@ def _by_window(
 ) -> Tensor:
     """One call for the heads of each radius."""
     key, value = match_heads(key, query), match_heads(value, query)
-    groups = {window: [head for head, own in enumerate(windows) if own == window] for window in dict.fromkeys(windows)}
+    groups = _heads_by_window(windows)
     outputs = [
         _attend(query[:, heads], key[:, heads], value[:, heads], REGIONS[region](window), backend, scale, call)
         for window, heads in groups.items()
@@ -115,13 +115,21 @@ def _by_window(
     return torch.cat(outputs, dim=1)[:, [order.index(head) for head in range(len(order))]]
 
 
+def _radii(window: int | Sequence[int], query: Tensor) -> tuple[int, ...]:
+    return (window,) * query.shape[1] if isinstance(window, int) else tuple(window)
+
+
+def _heads_by_window(windows: tuple[int, ...]) -> dict[int, list[int]]:
+    return {window: [head for head, own in enumerate(windows) if own == window] for window in dict.fromkeys(windows)}
+
+
 def explain_backend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     grid: Grid | tuple[Grid, ...],
-    window: int,
+    window: int | Sequence[int],
     num_text_tokens: int,
     text_first: bool = True,
     tile: tuple[int, int] | None = None,
@@ -133,19 +141,20 @@ def explain_backend(
 ) -> BackendReport:
     """Which backend `local_attention` would take for a call, and why not another that it prefers; computes nothing.
 
-    Arguments and errors are those of `local_attention`, with one radius for all heads.
+    Arguments and errors are those of `local_attention`. Heads of several radii are computed by one call for each; then
+    the report names the backends, and the reasons, of all these calls.
     """
     layout = Layout(num_text_tokens, (grid,) if isinstance(grid, Grid) else tuple(grid), text_first, tile)
-    _check(query, layout, (window,), region)
+    windows = _radii(window, query)
+    _check(query, layout, windows, region)
     query, key, value = as_under_autocast(query, key, value)
-    return choose_backend(
-        backend,
-        query,
-        layout=layout,
-        region=REGIONS[region](window),
-        key_mask=key_mask,
-        num_pooled=0 if pooled_key is None else pooled_key.shape[2],
-        needs_grad=_needs_grad(query, key, value),
+    call: dict[str, Any] = {"layout": layout, "key_mask": key_mask, "needs_grad": _needs_grad(query, key, value)}
+    call["num_pooled"] = 0 if pooled_key is None else pooled_key.shape[2]
+    return join_reports(
+        [
+            choose_backend(backend, query[:, : len(heads)], region=REGIONS[region](radius), **call)
+            for radius, heads in _heads_by_window(windows).items()
+        ]
     )
 
 
