@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
@@ -64,7 +65,56 @@ def test_a_window_over_the_picture_without_the_linear_branch_is_the_teacher():
     torch.testing.assert_close(mixer(*inputs, context), softmax.reference(*inputs, context))
 
 
-@pytest.mark.parametrize("knobs", [{}, {"branches": "linear"}, {"text": "state"}])
+@pytest.mark.parametrize("branches", ["linear", "both"])
+def test_the_published_formula_token_by_token(branches):
+    """Convolutions and the tied map without positions, GLA's recurrence from either end with [v, 1], e^-max."""
+    layout = Layout(0, (Grid(3, 5),))
+    query, key, value = random_tokens(layout)
+    context = flux_context(layout)
+    mixer = LawcatMixer(SHAPE, variant="paper", branches=branches, window=2).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+
+    def features(states, weight):
+        maps = states.transpose(2, 3).reshape(2, 32, 3, 5)
+        convolved = F.conv2d(maps, weight[:, None], padding=1, groups=32).reshape(2, 2, 16, 15).transpose(2, 3)
+        projected = convolved @ mixer.map.weight
+        return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
+
+    phi_query, phi_key = features(query, mixer.query_filter), features(key, mixer.key_filter)
+    extended = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+    inner = F.linear(context.hidden_states, mixer.gates.inner.weight)
+    logits = F.linear(inner, mixer.gates.outer.weight, mixer.gates.outer.bias).unflatten(-1, (2, 2, 16))
+    ahead, behind = (logits.sigmoid() ** (1 / 16)).permute(2, 0, 3, 1, 4)
+    total = -(phi_query * phi_key).sum(-1, keepdim=True) * extended
+    for tokens, gates in ((range(15), ahead), (range(14, -1, -1), behind)):
+        state = torch.zeros(2, 2, 16, 17, dtype=torch.float64)
+        for i in tokens:
+            state = gates[:, :, i, :, None] * state + phi_key[:, :, i, :, None] * extended[:, :, i, None]
+            total[:, :, i] += (phi_query[:, :, i, None] @ state)[:, :, 0]
+    if branches == "both":
+        places = torch.cartesian_prod(torch.arange(3), torch.arange(5))
+        seen = (places[:, None] - places).square().sum(-1) < 4
+        turned = [context.rotate(states) for states in (query, key)]
+        scores = (turned[0] @ turned[1].transpose(-1, -2) * context.scale).masked_fill(~seen, -torch.inf)
+        window = (scores - scores.amax(-1, keepdim=True)).exp() @ extended
+        total = total * mixer.log_scale.exp()[:, None, None] + window
+    torch.testing.assert_close(mixer(query, key, value, context), total[..., :-1] / total[..., -1:])
+
+
+def test_the_published_start():
+    mixer = LawcatMixer(SHAPE, variant="paper")
+    assert (mixer.text, mixer.rope) == ("state", "none")
+    torch.testing.assert_close(mixer.query_filter.sum(dim=(1, 2)), torch.full((32,), 1.008))
+    assert (mixer.key_filter[:, 1, 1] == 1).all()
+    assert mixer.gates.outer.bias.abs().max() == 0
+    halves = mixer.gates(torch.zeros(1, 1, SHAPE.hidden_size)) * 16
+    torch.testing.assert_close(halves.exp(), torch.full_like(halves, 0.5))
+    for projection in (mixer.gates.inner, mixer.gates.outer):
+        assert 0.003 < projection.weight.std() < 0.009
+
+
+@pytest.mark.parametrize("knobs", [{}, {"branches": "linear"}, {"text": "state"}, {"variant": "paper"}])
 def test_rows_sum_to_one(knobs):
     query, key, value = random_tokens(LAYOUT)
     mixer = LawcatMixer(SHAPE, **{"window": 3, **knobs}).double()
@@ -83,6 +133,7 @@ def test_operations_grow_linearly_with_the_picture():
     [
         ({"convolution": 4}, "mixer 'lawcat' got convolution=4; choose an odd side, or 1 for none"),
         ({"branches": "conv"}, "choose both, linear or window"),
+        ({"variant": "code"}, "choose dit or paper"),
         ({"directions": "all"}, "choose rows or rows_and_columns"),
         (
             {"rope": "after_map", "width": 3},

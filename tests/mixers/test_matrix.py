@@ -29,6 +29,7 @@ VARIANTS = {
         {"branches": "linear", "rope": "after_map", "convolution": 5, "rank": 0},
         {"window": 2, "text": "state", "rope": "none", "convolution": 1, "width": 3},
         {"window": 3, "branches": "window"},
+        {"window": 3, "variant": "paper"},
     ],
     "liger": [
         {"window": 3, "directions": "rows_and_columns", "share": 0.3},

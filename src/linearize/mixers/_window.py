@@ -77,3 +77,21 @@ def inside_window(tokens: Tokens, window: int) -> Tensor:
     inside = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=device)
     inside[tokens.image, tokens.image] = (places[:, None] - places).square().sum(dim=-1) < window**2
     return inside
+
+
+def over_largest(part: SoftmaxPart) -> SoftmaxPart:
+    """The part with the published hybrids' e^-max, which meets the window alone: its mass over its largest weight.
+
+    Without its largest scores it stays as it is.
+    """
+    return part if part.largest is None else part._replace(log_mass=part.log_mass - _finite(part.largest))
+
+
+def scores_over_largest(scores: Tensor, seen: Tensor) -> Tensor:
+    """The definition of `over_largest`: scores [batch, heads, tokens, tokens] less the largest seen of each row."""
+    return scores - _finite(scores.masked_fill(~seen, -torch.inf).amax(dim=-1, keepdim=True))
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """The largest score, or 0 where no key is seen."""
+    return largest.masked_fill(largest.isinf(), 0.0)

@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers._arguments import ROPE, check_choice, check_number, check_rotation
-from linearize.mixers._gated import DIRECTIONS, GatedMixer, LogGates, both_ways
+from linearize.mixers._arguments import ROPE, VARIANTS, check_choice, check_number, check_rotation
+from linearize.mixers._gated import DIRECTIONS, OPEN, GatedMixer, LogGates, both_ways
 from linearize.mixers._tokens import FeaturePair, Tokens, in_order, rotate_pair
 from linearize.mixers._window import (
     check_window,
     has_log_scale,
     inside_window,
+    over_largest,
+    scores_over_largest,
     text_and_window,
     window_alone,
     window_attention,
@@ -23,6 +25,9 @@ from linearize.ops.depthwise import depthwise_flops, depthwise_images
 from linearize.ops.feature_maps import HedgehogMap
 from linearize.ops.linear_attention import SoftmaxPart, exact_text_flops, merge
 from linearize.ops.tile_states import window_flops
+
+# Where the published layer starts: filters off their centre, and the deviation of the gates' projections.
+OFF_CENTRE, GATE_DEVIATION = 1e-3, 0.006
 
 
 class LawcatMixer(GatedMixer):
@@ -38,9 +43,10 @@ class LawcatMixer(GatedMixer):
     with c in each head in place of the paper's two factors, of which only the ratio matters. The linear part holds all
     image tokens, those of the window included. Text sees everything by softmax, or is a state with text="state".
 
-    The published layer is causal, convolves the last 4 tokens (1 for the last, 0.001 for the others), opens no gate
-    (b = 0 halves a weight within 16 tokens), applies no e^-max to the linear part and has no window by default; its
-    form here is `branches=linear rope=none text=state directions=rows`.
+    `variant=paper` is the published formula in both directions, whose default has no window (`branches=linear`): query
+    and key are not rotated in the linear part, text is a state, filters start at 0.001 off the centre, and gates with
+    W1, W2 of deviation 0.006 and b = 0, which halves a weight within 16 tokens. The window is multiplied by e^-max, and
+    the linear part is not. The published layer is causal, and convolves the last 4 tokens of the sequence.
 
     Args:
         shape: Sizes of the layer.
@@ -48,10 +54,11 @@ class LawcatMixer(GatedMixer):
         branches: "both"; or "linear", without the window; or "window", without linear attention (CLEAR's).
         convolution: Odd side of the filters of query and key; 1 means none.
         width: Width of W; 0 means half of head_dim.
-        rope: Rotate convolved query and key before_map, features after_map, or none, as published.
+        rope: Rotate convolved query and key before_map, features after_map, or none; with variant=paper it is none.
         directions: "rows" or "rows_and_columns".
-        text: "exact" or "state"; with branches=window it is exact.
+        text: "exact" or "state"; with branches=window it is exact, else with variant=paper a state.
         rank: Width of the gates' low-rank projection; 0 means one matrix.
+        variant: "dit" or "paper".
 
     Raises:
         LinearizeError: An argument is none of its choices.
@@ -72,8 +79,10 @@ class LawcatMixer(GatedMixer):
         directions: str = "rows",
         text: str = "exact",
         rank: int = 16,
+        variant: str = "dit",
     ) -> None:
         check_window("lawcat", window, branches)
+        check_choice("lawcat", "variant", variant, VARIANTS)
         check_choice("lawcat", "rope", rope, ROPE)
         check_choice("lawcat", "directions", directions, tuple(DIRECTIONS))
         check_number("lawcat", "width", width, 0)
@@ -82,6 +91,9 @@ class LawcatMixer(GatedMixer):
         if convolution % 2 == 0:
             raise LinearizeError(f"mixer 'lawcat' got convolution={convolution}; choose an odd side, or 1 for none")
         width = width or shape.head_dim // 2
+        is_paper = variant == "paper" and branches != "window"
+        if is_paper:
+            rope, text = "none", "state"
         check_rotation("lawcat", rope, width)
         feature_map = HedgehogMap(shape.num_heads, shape.head_dim, width=width)
         super().__init__(
@@ -93,15 +105,19 @@ class LawcatMixer(GatedMixer):
         )
         self.window, self.branches, self.rope = window, branches, rope
         self.convolution, self.directions = convolution, DIRECTIONS[directions]
+        self.keeps_largest = is_paper
         if branches == "window":
             return
         self.map = feature_map
-        self.gates = LogGates(
-            shape.hidden_size, 2 * len(self.directions), shape.num_heads, feature_map.num_features, rank=rank
-        )
+        sizes = (shape.hidden_size, 2 * len(self.directions), shape.num_heads, feature_map.num_features)
+        self.gates = LogGates(*sizes, rank=rank, bias=0.0 if is_paper else OPEN)
+        if is_paper:
+            for projection in filter(None, (self.gates.inner, self.gates.outer)):
+                nn.init.normal_(projection.weight, std=GATE_DEVIATION)
         if convolution > 1:
-            channels = shape.num_heads * shape.head_dim
-            self.query_filter, self.key_filter = (nn.Parameter(_identity(channels, convolution)) for _ in range(2))
+            channels, others = shape.num_heads * shape.head_dim, OFF_CENTRE if is_paper else 0.0
+            filters = (nn.Parameter(_centred(channels, convolution, others)) for _ in range(2))
+            self.query_filter, self.key_filter = filters
 
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
@@ -124,7 +140,9 @@ class LawcatMixer(GatedMixer):
         part = text_and_window(tokens, self.window) if self.text == "exact" else None
         if part is not None:
             return part
-        return merge(super().exact_part(tokens), window_alone(*tokens.product_rotated, tokens, self.window))
+        window = window_alone(*tokens.product_rotated, tokens, self.window, keep_largest=self.keeps_largest)
+        part = merge(super().exact_part(tokens), window)
+        return over_largest(part) if self.keeps_largest else part
 
     def sees_exactly(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.sees_exactly`."""
@@ -134,6 +152,10 @@ class LawcatMixer(GatedMixer):
     def is_not_linear(self, tokens: Tokens, seen: Tensor) -> Tensor:
         """See `JointMixer.is_not_linear`: the linear part holds the window's tokens, too."""
         return super().sees_exactly(tokens)
+
+    def weigh_scores(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """See `JointMixer.weigh_scores`: the published e^-max."""
+        return scores_over_largest(scores, seen) if self.keeps_largest else scores
 
     def mix(self, tokens: Tokens) -> Tensor:
         """See `JointMixer.mix`."""
@@ -166,8 +188,8 @@ class LawcatMixer(GatedMixer):
         return in_order(states[:, :, tokens.text], image, layout)
 
 
-def _identity(channels: int, side: int) -> Tensor:
-    """Filters [channels, side, side] with 1 in the centre and 0 elsewhere."""
-    weight = torch.zeros(channels, side, side)
+def _centred(channels: int, side: int, others: float) -> Tensor:
+    """Filters [channels, side, side] with 1 in the centre."""
+    weight = torch.full((channels, side, side), others)
     weight[:, side // 2, side // 2] = 1.0
     return weight

@@ -16,6 +16,8 @@ from linearize.mixers._window import (
     check_window,
     has_log_scale,
     inside_window,
+    over_largest,
+    scores_over_largest,
     text_and_window,
     window_alone,
     window_attention,
@@ -128,8 +130,8 @@ class LolcatsMixer(JointMixer):
                 key_mask=tokens.mask_of(image),
             )
         if self.is_paper and exact is not None and exact.largest is not None:
-            log_mass = exact.log_mass - _finite(exact.largest) + self._log_factor(exact.log_mass)
-            exact = exact._replace(log_mass=log_mass)
+            exact = over_largest(exact)
+            exact = exact._replace(log_mass=exact.log_mass + self._log_factor(exact.log_mass))
         return exact, linear
 
     def sees_exactly(self, tokens: Tokens) -> Tensor:
@@ -141,8 +143,7 @@ class LolcatsMixer(JointMixer):
         """See `JointMixer.weigh_scores`: the published e^-max and factor of the window."""
         if not self.is_paper:
             return scores
-        largest = scores.masked_fill(~seen, -torch.inf).amax(dim=-1, keepdim=True)
-        return scores - _finite(largest) + self._log_factor(scores)
+        return scores_over_largest(scores, seen) + self._log_factor(scores)
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
         """The window's pairs, states of tiles and their readings, and text."""
@@ -170,8 +171,3 @@ class LolcatsMixer(JointMixer):
 
     def _log_factor(self, like: Tensor) -> Tensor:
         return F.logsigmoid(self.window_factor.to(like.dtype))[:, None, None]
-
-
-def _finite(largest: Tensor) -> Tensor:
-    """The largest score, or 0 where no key is seen."""
-    return largest.masked_fill(largest.isinf(), 0.0)
