@@ -85,7 +85,9 @@ def linearize(
 ) -> SurgeryReport:
     """Puts mixers into the attention layers of a transformer, in place.
 
-    Its class becomes the student's, its weights stay the tensors that they are.
+    Its class becomes the student's, its weights stay the tensors that they are. New parameters get the dtype of the
+    weights beside them, as in an exported student: for inference bfloat16 does, as mixers compute in float32 where it
+    matters. To train, take `share_student`, whose new parameters are float32: small steps would be lost in bfloat16.
 
     A transformer that is linearized already gets the new plan instead of the old one; sites that no rule names
     compute softmax as before.

@@ -61,6 +61,23 @@ def test_forward_and_gradients_are_off_by_rounding_alone(name, device):
         assert error <= limit * exactly.norm(), f"{label}: {error / exactly.norm():.3g} of its norm"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", mixer_names())
+def test_parameters_in_bfloat16_are_good_enough_for_inference(name):
+    torch.manual_seed(0)
+    exact = build_mixer(name, SHAPE, {}).double()
+    for parameter in exact.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    mixer = build_mixer(name, SHAPE, {}).bfloat16()
+    mixer.load_state_dict(exact.state_dict())
+    layout = LAYOUT.with_tile({"tile": TILE}.get(exact.token_order))
+    inputs = [states.bfloat16() for states in random_tokens(layout, shape=SHAPE)]
+    found = mixer(*inputs, flux_context(layout, shape=SHAPE, dtype=torch.bfloat16))
+    expected = exact.reference(*(states.double() for states in inputs), flux_context(layout, shape=SHAPE))
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - expected).norm() <= 4 * ROUNDING * expected.norm()
+
+
 @pytest.mark.parametrize(("name", "arguments"), [*((name, {}) for name in JOINT), ("regla", {"variant": "paper"})])
 def test_autocast_changes_nothing_in_what_calibration_sets(name, arguments):
     context = flux_context(LAYOUT, shape=SHAPE, dtype=torch.bfloat16)
