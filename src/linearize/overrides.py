@@ -22,6 +22,8 @@ from linearize.extras import missing_sentence
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 _TIME = re.compile(r"[\d:]+")
 _MULTIRUN = {"-m", "--multirun"}
+# Settings whose names are the user's own: a dictionary adds to them.
+_OPEN = re.compile(r"(model\.mixers|train_step\.recipes)(\.\w+)?=\s*\{")
 
 
 @contextlib.contextmanager
@@ -29,6 +31,7 @@ def override_errors(config_folder: str | Path, config_name: str) -> Iterator[Non
     """Prints what is wrong with the command line and exits with 2, before anything runs.
 
     A sweep is composed as a whole before its first job, so a knob that one of its points lacks is told here too.
+    Dictionaries of students and recipes, which have names of the user's own, are marked as Hydra wants what it adds.
 
     Args:
         config_folder: Folder of the configs.
@@ -36,6 +39,7 @@ def override_errors(config_folder: str | Path, config_name: str) -> Iterator[Non
     """
     # Without it Hydra prints the error itself and exits, and nobody else sees it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = [f"++{argument}" if _OPEN.match(argument) else argument for argument in sys.argv[1:]]
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:

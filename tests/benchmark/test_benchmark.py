@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from torch._dynamo.backends.common import aot_autograd
 
 from linearize.benchmark import attention
@@ -155,7 +158,62 @@ def test_compiled_models_are_measured_after_their_parity(teacher):
     assert row["ratio_to_teacher"] == 1
     earlier[1] |= {"size": 32}
     (row,) = model_rows(teacher, compiled, kind="transformer", **again, earlier=earlier)
-    assert "parity_error" not in row
+    assert row["parity_error"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["transformer", "sampling"])
+def test_no_speed_of_a_model_that_computes_something_else(teacher, kind, monkeypatch):
+    def smaller_disc(*states, region, **options):
+        return naive_attention(*states, region=Disc(1), **options)
+
+    monkeypatch.setitem(BACKENDS, "wrong", Backend(smaller_disc, BACKENDS["naive"].refusal))
+    students = {"wrong": {"mixer": "clear", "window": 3, "measure": {"backend": "wrong"}}}
+    options = {"kind": kind, "sizes": [64, 80], "baselines": ["teacher"], "earlier": []}
+    rows = list(model_rows(teacher, SETTINGS, students=students, **options))
+    for row in rows:
+        assert row["parity_error"] is not None and ("median_seconds" in row) == (row["model"] == "teacher")
+    assert all("no speed of it is reported" in row["error"] for row in rows if row["model"] == "wrong")
+    # Where it was compared as a whole, its first blocks tell all the same.
+    options |= {"sizes": [80], "earlier": [{"model": "wrong", "size": 32, "batch": 1, "parity_error": 0.0}]}
+    assert list(model_rows(teacher, SETTINGS, students=students, **options))[1]["error"]
+    options |= {"baselines": [], "earlier": rows[3:]}
+    students |= {"right": {"mixer": "clear", "window": 3}}
+    assert list(model_rows(teacher, SETTINGS, students=students, **options))[1]["ratio_to_teacher"] is None
+
+
+def test_settings_of_models_are_checked_before_anything_is_measured(teacher):
+    def told(students, sizes):
+        rows = model_rows(teacher, SETTINGS, kind="transformer", sizes=sizes, students=students)
+        with pytest.raises(LinearizeError) as mistake:
+            next(rows)
+        return str(mistake.value)
+
+    assert told({"a": {"mixer": "clear"}, "b": {"mixer": "claer"}}, [64]).startswith("model.mixers.b: unknown mixer 'c")
+    assert "'clear' has no argument 'windw'" in told({"a": {"mixer": "clear", "windw": 3}}, [64])
+    assert told({"a": 3}, [64]).startswith("model.mixers.a=3 is no student: set model.mixers.a={mixer: clear, ")
+    near = "is no whole number of this teacher's tokens: choose"
+    token = 2 * teacher.pipeline.vae_scale_factor
+    assert told({}, [64, 5 * token + 1]) == f"model.sizes={5 * token + 1} {near} {5 * token} or {6 * token} pixels."
+    assert told({}, [1]) == f"model.sizes=1 {near} {token} pixels."
+    (row,) = model_rows(
+        teacher,
+        SETTINGS,
+        kind="transformer",
+        sizes=[64],
+        students={"a": {"mixer": "clear", "window": 2, "measure": {"order": "raster"}}},
+        baselines=[],
+    )
+    assert row["error"].startswith("measure names 'order', which clear lacks: choose backend, token_order.")
+
+
+def test_students_and_recipes_are_added_on_the_command_line(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--cfg", "job", f"hydra.run.dir={tmp_path}"]
+    overrides = ["model.mixers={clear_4: {mixer: clear, window: 4}}", "train_step.recipes={a: {student: {mixer: gla}}}"]
+    run = subprocess.run([*command, *overrides], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    config = OmegaConf.create(run.stdout)
+    assert config.model.mixers.clear_4 == {"mixer": "clear", "window": 4} and "clear_8" in config.model.mixers
+    assert config.train_step.recipes.a.student.mixer == "gla" and "ours" in config.train_step.recipes
 
 
 def test_removed_attention_keeps_query_and_key(teacher):
@@ -196,6 +254,39 @@ def test_recipes_of_training_have_curves_and_rates(teacher):
         assert row["samples_per_second"] == 2 / row["median_seconds"]
     assert rows["whole"]["ratio_to_first"] == 1
     assert all(torch.equal(value, before[name]) for name, value in teacher.pipeline.transformer.state_dict().items())
+
+
+def test_no_speed_of_a_recipe_whose_first_loss_is_off(teacher, monkeypatch):
+    def larger_disc(*states, region, **options):
+        return naive_attention(*states, region=Disc(region.window + 4), **options)
+
+    monkeypatch.setitem(BACKENDS, "wrong", Backend(larger_disc, BACKENDS["naive"].refusal))
+    student = {"mixer": "clear", "window": 1}
+    recipes = {
+        "refused": {"student": {**student, "measure": {"backend": "natten"}}},
+        "ours": {"student": student},
+        "wrong": {"student": {**student, "measure": {"backend": "wrong"}}},
+        "another": {"student": {"mixer": "clear", "window": 5}},
+    }
+    settings = TrainSettings(batch=1, max_sequence_length=8, learning_rate=1e-3, curve_steps=1, repeats=1)
+    rows = {row["model"]: row for row in train_rows(teacher, settings, sizes=[64], recipes=recipes)}
+    assert re.search(r"its first loss is .* no speed of it is reported", rows["wrong"]["error"])
+    assert "natten" in rows["refused"]["error"] and all(
+        "ratio_to_first" not in rows[name] for name in ("refused", "wrong")
+    )
+    assert rows["ours"]["ratio_to_first"] is None and rows["another"]["ratio_to_first"] is None
+    earlier = list(json.loads(json.dumps(rows)).values())
+    only = {"sizes": [64], "recipes": {"wrong": recipes["wrong"]}}
+    (row,) = train_rows(teacher, settings, **only, earlier=earlier)
+    assert "its first loss is" in row["error"]
+    (row,) = train_rows(teacher, settings, sizes=[64], recipes={"another": recipes["another"]}, earlier=earlier[1:])
+    assert row["ratio_to_first"] == row["samples_per_second"] / rows["ours"]["samples_per_second"]
+    with pytest.raises(
+        LinearizeError, match=r"train_step\.sizes=65 is no whole number of this teacher's tokens: choose"
+    ):
+        next(train_rows(teacher, settings, sizes=[65], recipes=recipes))
+    with pytest.raises(LinearizeError, match=r"train_step\.recipes\.x\.student: unknown mixer 'claer'"):
+        next(train_rows(teacher, settings, sizes=[64], recipes={"x": {"student": {"mixer": "claer"}}}))
 
 
 @pytest.mark.parametrize(

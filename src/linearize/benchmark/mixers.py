@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.benchmark.attention import PARITY
+from linearize.benchmark.subjects import check_sizes
 from linearize.benchmark.timing import measure
 from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.errors import LinearizeError, check_names
@@ -85,9 +86,12 @@ def mixer_rows(teacher: Teacher, names: Sequence[str], settings: MixerSettings) 
         `samples_per_second`.
 
     Raises:
-        LinearizeError: A mixer is unknown.
+        LinearizeError: A mixer is unknown, or a size is no whole number of tokens.
     """
     check_names("mixers.names", names, mixer_names())
+    for setting in ("sizes", "probe"):
+        check_sizes(teacher, f"mixers.{setting}", getattr(settings, setting))
+    check_sizes(teacher, "mixers.train_size", [settings.train_size])
     dense: dict[int, float] = {}
     for name in [DENSE, *(name for name in names if name != DENSE)]:
         try:
@@ -172,5 +176,5 @@ def _train_step(teacher: Teacher, name: str, settings: MixerSettings) -> dict[st
     )
     recipes = {"student": {"student": {"mixer": name}, "compile": False}}
     (row,) = train_rows(teacher, measured, sizes=[settings.train_size], recipes=recipes)
-    unwanted = ("model", "losses", "last_loss", "ratio_to_first")
+    unwanted = ("model", "student", "losses", "last_loss", "ratio_to_first")
     return {"pass": "train_step"} | {name: value for name, value in row.items() if name not in unwanted}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linearize.benchmark.profile import profiled
-from linearize.benchmark.subjects import BASELINES, RemovedAttention, student_of
-from linearize.benchmark.timing import measured_or_reason
+from linearize.benchmark.subjects import BASELINES, RemovedAttention, check_sizes, check_student, student_of
+from linearize.benchmark.timing import is_out_of_memory, measured_or_reason
 from linearize.compilation import compile_backend, compile_blocks
 from linearize.errors import LinearizeError
 from linearize.evaluation.paired import with_transformer
@@ -23,7 +23,7 @@ from linearize.teachers import Teacher
 
 # Largest relative error of a compiled model's velocity, against the same model run eagerly with attention by `halo`, at
 # which its speed may be reported: rounding, through all layers.
-PARITY = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+PARITY = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def model_rows(
 ) -> Iterator[dict[str, Any]]:
     """Measures baselines and every student at every size.
 
-    On a GPU dense attention is cuDNN's.
+    On a GPU dense attention is cuDNN's. Each model is compared with what it computes eagerly before it is timed: as a
+    whole at the first of its sizes, by its first blocks at the others, where a whole pass may take minutes.
 
     Args:
         teacher: The teacher.
@@ -70,36 +71,43 @@ def model_rows(
         sizes: Sides of square pictures in pixels.
         students: Students by name, see `student_of`.
         baselines: Of `BASELINES`.
-        earlier: Rows of an earlier run of the same code: their parity holds, and what they compare with does too,
-            where it is not measured again.
+        earlier: Rows of an earlier run of the same code: models that were compared there are not compared as a whole
+            again, and what they compare with holds where it is not measured again.
 
     Yields:
-        One row for each model and size, with `ratio_to_teacher`, which is to the first that was measured at that size,
-        or with `error`: why there is no speed.
+        One row for each model and size, with `ratio_to_teacher`, which is to the first model at that size, and None
+        where that has no time, or with `error`: why there is no speed.
 
     Raises:
-        LinearizeError: A baseline is unknown.
+        LinearizeError: A baseline, or a mixer of a student, is unknown, or a size is no whole number of tokens.
     """
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
         raise LinearizeError(f"model.baselines names {unknown[0]!r}: choose from {', '.join(BASELINES)}.")
+    for name, rule in students.items():
+        check_student(f"model.mixers.{name}", rule)
+    check_sizes(teacher, "model.sizes", sizes)
     subjects: dict[str, Callable[[nn.Module], nn.Module]] = {name: BASELINES[name] for name in baselines}
     subjects |= {name: partial(student_of, rule=rule) for name, rule in students.items()}
     again = {(name, size, settings.batch) for name in subjects for size in sizes}
     lasting = [row for row in earlier if (row["model"], row["size"], row["batch"]) not in again]
-    checked = {row["model"] for row in lasting if row.get("parity_error") is not None}
+    checked = {row["model"] for row in lasting if _is_checked(row)}
     for size in sizes:
         measured = [row for row in earlier if (row["size"], row["batch"]) == (size, settings.batch)]
-        timed = [row for row in measured if "median_seconds" in row]
-        dense: float | None = timed[0]["median_seconds"] if timed and timed[0]["model"] not in subjects else None
+        first = next(iter([*(row["model"] for row in measured), *subjects]), None)
+        dense: float | None = measured[0].get("median_seconds") if measured and first not in subjects else None
         for name, build in subjects.items():
             row: dict[str, Any] = {"model": name, "size": size, "batch": settings.batch}
             row |= _measure(teacher, settings, kind, size, build, name not in checked)
-            if row.get("parity_error") is not None:
+            if _is_checked(row):
                 checked.add(name)
             seconds = row.get("median_seconds")
-            dense = dense or seconds
+            dense = seconds if name == first else dense
             yield row | {"ratio_to_teacher": dense / seconds if dense and seconds else None}
+
+
+def _is_checked(row: Mapping[str, Any]) -> bool:
+    return row.get("parity_error") is not None and "error" not in row
 
 
 def _measure(
@@ -108,23 +116,25 @@ def _measure(
     kind: str,
     size: int,
     build: Callable[[nn.Module], nn.Module],
-    checks_parity: bool,
+    checks_whole: bool,
 ) -> dict[str, Any]:
     # Graphs of one model are no guide to the next, and hold its memory.
     torch.compiler.reset()
     gc.collect()
     device = teacher.pipeline.transformer.device
-    student = build(teacher.pipeline.transformer)
-    found: dict[str, Any] = {"attention_gflops": _gflops(teacher, student, settings, size)}
+    found: dict[str, Any] = {}
     try:
+        student = build(teacher.pipeline.transformer)
+        found["attention_gflops"] = _gflops(teacher, student, settings, size)
         with _dense_kernel(device):
             call = _CALLS[kind](teacher, student, settings, size)
-            error = None
-            if kind == "transformer":
-                with _first_blocks(student):
+            with _first_blocks(student):
+                error = None if checks_whole else _parity_error(teacher, student, settings, size)
+                if error is None:  # The comparison compiles as much.
                     call()
-            if checks_parity and kind == "transformer":
-                error = found["parity_error"] = _parity_error(teacher, student, settings, size)
+            if checks_whole:
+                error = _parity_error(teacher, student, settings, size)
+            found["parity_error"] = error
             if error is None or error <= PARITY[teacher.pipeline.transformer.dtype]:
                 found |= measured_or_reason(call, device, warmup=settings.warmup, repeats=settings.repeats)
                 if settings.profile and "median_seconds" in found:
@@ -132,7 +142,9 @@ def _measure(
                 return found
     except LinearizeError as refusal:
         return found | {"error": str(refusal)}
-    except torch.OutOfMemoryError:  # of the first call or the comparison
+    except RuntimeError as failure:  # of the first call or the comparison
+        if not is_out_of_memory(failure):
+            raise
         return found | {"error": "out of memory: choose a smaller size or batch"}
     return found | {
         "error": f"compiled, it is off by {error:.2g} from what it computes eagerly, more than rounding explains, so "

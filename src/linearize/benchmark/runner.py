@@ -63,8 +63,8 @@ _COLUMNS = {
 # The least of settings that count something, and of each number in settings that list them.
 _COUNTS = {
     **dict.fromkeys(("num_heads", "head_dim", "batch", "window", "repeats", "num_inference_steps"), 1),
-    **dict.fromkeys(("max_sequence_length", "train_size", "train_repeats"), 1),
-    **dict.fromkeys(("num_text_tokens", "warmup", "train_batch", "curve_steps"), 0),
+    **dict.fromkeys(("max_sequence_length", "train_size", "train_repeats", "curve_steps"), 1),
+    **dict.fromkeys(("num_text_tokens", "warmup", "train_batch"), 0),
 }
 _LISTS = ("sides", "sizes", "windows", "probe")
 # What is measured, of all fields of a row; the others tell how it went.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from linearize.backbones import find_backbone
+from linearize.errors import LinearizeError
 from linearize.layout import Layout
-from linearize.mixers import Mixer, MixerContext
+from linearize.mixers import Mixer, MixerContext, check_arguments
 from linearize.surgery import linearize, share_student
+from linearize.teachers import Teacher
 
 
 class RemovedAttention(Mixer):
@@ -74,6 +77,9 @@ def student_of(transformer: nn.Module, rule: Mapping[str, Any], *, shared: bool 
             local attention, "token_order".
         shared: Frozen tensors are the teacher's; otherwise the student is a whole model, which trains in the teacher's
             dtype.
+
+    Raises:
+        LinearizeError: A mixer, an argument of it or an attribute does not exist, or a value is refused.
     """
     arguments = dict(rule)
     measure = arguments.pop("measure", {})
@@ -84,5 +90,43 @@ def student_of(transformer: nn.Module, rule: Mapping[str, Any], *, shared: bool 
         linearize(student, plan=[{"layers": "*", **arguments}])
     for site in find_backbone(student).sites(student).values():
         for name, value in measure.items():
+            if not hasattr(site.mixer, name):
+                raise LinearizeError(
+                    f"measure names {name!r}, which {rule['mixer']} lacks: choose backend, token_order."
+                )
             setattr(cast(Mixer, site.mixer), name, value)
     return student
+
+
+def check_student(setting: str, rule: Any) -> None:
+    """Checks the names in a rule of `student_of`, without a teacher.
+
+    Raises:
+        LinearizeError: It is no rule, or its mixer or an argument does not exist.
+    """
+    if not isinstance(rule, Mapping):
+        raise LinearizeError(f"{setting}={rule} is no student: set {setting}={{mixer: clear, window: 16}} or the like.")
+    arguments = {name: value for name, value in rule.items() if name not in ("mixer", "measure")}
+    try:
+        check_arguments(rule.get("mixer"), arguments)
+    except LinearizeError as error:
+        raise LinearizeError(f"{setting}: {error}") from error
+
+
+def check_sizes(teacher: Teacher, setting: str, sizes: Sequence[int]) -> None:
+    """Checks that pictures of these heights or widths in pixels are whole tokens, to which they would be cut.
+
+    Raises:
+        LinearizeError: One is not.
+    """
+
+    def is_whole(size: int) -> bool:
+        shapes = (teacher.backbone.latent_shape(teacher.pipeline, side, side) for side in (size - 1, size))
+        return next(shapes)[1] < next(shapes)[1]
+
+    for size in sizes:
+        if not is_whole(size):
+            smaller = [side for side in range(size, 0, -1) if is_whole(side)][:1]
+            larger = next(side for side in itertools.count(size) if is_whole(side))
+            near = " or ".join(map(str, [*smaller, larger]))
+            raise LinearizeError(f"{setting}={size} is no whole number of this teacher's tokens: choose {near} pixels.")

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from linearize.benchmark.profile import profiled
-from linearize.benchmark.subjects import student_of
-from linearize.benchmark.timing import measured_or_reason
+from linearize.benchmark.subjects import check_sizes, check_student, student_of
+from linearize.benchmark.timing import is_out_of_memory, measured_or_reason
 from linearize.compilation import compile_backend
 from linearize.costs import GIB
 from linearize.distillation.adamw8bit import AdamW8bit
@@ -31,6 +31,9 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adamw8bit": AdamW8bit,
 }
+# Largest relative difference between first losses of the same student, which see the same samples and noise, at which a
+# speed may be reported: rounding, through all layers.
+PARITY = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 _SEED = 0
 
 
@@ -91,27 +94,38 @@ def train_rows(
         settings: How.
         sizes: Sides of square pictures in pixels.
         recipes: Fields of `Recipe` by name.
-        earlier: Rows of an earlier run of the same code, whose first, if not measured again, is the first of all.
+        earlier: Rows of an earlier run of the same code, whose first is the first of all.
 
     Yields:
-        One row for each recipe and size, with `samples_per_second`, `ratio_to_first`, the memory before the first step,
-        at the peak, and `losses`; or with `error`.
+        One row for each recipe and size, with `samples_per_second`, `ratio_to_first`, which is None where the first has
+        none, the memory before the first step, at the peak, and `losses`; or with `error`, as where the first loss is
+        not that of the recipe before with the same student.
 
     Raises:
-        LinearizeError: A recipe names what does not exist.
+        LinearizeError: A recipe names what does not exist, or a size is no whole number of tokens.
     """
+    check_sizes(teacher, "train_step.sizes", sizes)
     built = {name: _recipe(name, fields) for name, fields in recipes.items()}
     for size in sizes:
-        measured = [row for row in earlier if (row["size"], row["batch"]) == (size, settings.batch)]
-        timed = [row for row in measured if "samples_per_second" in row]
-        first: float | None = timed[0]["samples_per_second"] if timed and timed[0]["model"] not in built else None
+        before = [row for row in earlier if (row["size"], row["batch"]) == (size, settings.batch)]
+        first = next(iter([*(row["model"] for row in before), *built]), None)
+        measured = {row["model"]: row for row in before if row["model"] not in built}
         for name, recipe in built.items():
-            row = {"model": name, "size": size, "batch": settings.batch, **_measure(teacher, settings, recipe, size)}
+            row = {"model": name, "size": size, "batch": settings.batch, "student": _without_measure(recipe.student)}
+            peers = [one for one in measured.values() if "samples_per_second" in one]
+            expected = next((one["losses"][0] for one in peers if one["student"] == row["student"]), None)
+            row |= _measure(teacher, settings, recipe, size, expected)
             _forget()
+            measured[name] = row
             if "samples_per_second" in row:
-                first = first or row["samples_per_second"]
-                row["ratio_to_first"] = row["samples_per_second"] / first
+                rate = measured.get(first, {}).get("samples_per_second")
+                row["ratio_to_first"] = row["samples_per_second"] / rate if rate else None
             yield row
+
+
+def _without_measure(student: Mapping[str, Any]) -> dict[str, Any]:
+    """What is trained, whichever way it is computed."""
+    return {name: value for name, value in student.items() if name != "measure"}
 
 
 def build_step(
@@ -165,14 +179,19 @@ def _recipe(name: str, fields: Mapping[str, Any]) -> Recipe:
         ) from error
     if recipe.optimizer not in OPTIMIZERS:
         raise LinearizeError(f"the recipe {name} has optimizer={recipe.optimizer}: choose {', '.join(OPTIMIZERS)}.")
+    check_student(f"train_step.recipes.{name}.student", recipe.student)
     return recipe
 
 
-def _measure(teacher: Teacher, settings: TrainSettings, recipe: Recipe, size: int) -> dict[str, Any]:
+def _measure(
+    teacher: Teacher, settings: TrainSettings, recipe: Recipe, size: int, expected_loss: float | None
+) -> dict[str, Any]:
     device = teacher.pipeline.transformer.device
     on_gpu = device.type == "cuda"
     losses: list[float] = []
     loaded: float | None = None
+    # What a mixer draws at random is the same in every recipe.
+    torch.manual_seed(_SEED)
     try:
         student = student_of(teacher.pipeline.transformer, recipe.student, shared=recipe.shared)
         trained = trained_parameters(student)
@@ -184,12 +203,20 @@ def _measure(teacher: Teacher, settings: TrainSettings, recipe: Recipe, size: in
         losses = [float(call()) for _ in range(settings.curve_steps)]
         if not all(map(math.isfinite, losses)):
             return {"error": f"its loss is not a finite number: {losses}, so no speed of it is reported"}
+        limit = PARITY[teacher.pipeline.transformer.dtype]
+        if expected_loss is not None and abs(losses[0] / expected_loss - 1) > limit:
+            return {
+                "error": f"its first loss is {losses[0]:.4g} where the recipe before it has {expected_loss:.4g}, "
+                "more than rounding explains, so no speed of it is reported"
+            }
         row = measured_or_reason(call, device, warmup=0, repeats=settings.repeats)
         if settings.profile and "median_seconds" in row:
             row["profile"] = profiled(call, device)
     except LinearizeError as error:
         return {"error": str(error)}
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return {"error": "out of memory: choose a smaller size or batch, or less activation_memory_gib"}
     row |= {"memory_after_loading_gib": loaded, "losses": losses, "last_loss": losses[-1]}
     row |= {"trained_parameters": sum(value.numel() for value in trained.values())}
