@@ -74,6 +74,24 @@ def test_a_compiled_caller_has_no_graph_break_and_the_same_numbers():
     assert torch.equal(compiled(*states), call(*states))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", [Grid(512, 512), Grid(509, 515)], ids=["whole blocks", "ragged"])
+def test_tensors_of_more_numbers_than_32_bits_count_are_read_and_written_whole(grid):
+    """The last picture of a batch, whose last third lies beyond number 2^31, is the picture by itself."""
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of free GPU memory")
+    shape, options = (3, grid.num_tokens, 24, 128), {"device": "cuda", "dtype": torch.bfloat16}
+    states = [torch.randn(shape, **options).transpose(1, 2) for _ in range(3)]
+    assert states[0].numel() > 2**31
+
+    def attend(*states: torch.Tensor) -> torch.Tensor:
+        return local_attention(*states, grid=grid, window=8, num_text_tokens=0, tile=TILE, backend="triton")
+
+    with torch.no_grad():
+        whole, alone = attend(*states)[-1:], attend(*(one[-1:] for one in states))
+    assert torch.equal(whole, alone) and alone.float().std() > 0.01
+
+
 def test_a_machine_or_a_call_that_the_kernels_do_not_take_is_told():
     states = torch.randn(1, 2, 40, 16)
     assert refusal(states) in ("it needs the package triton", "it needs a GPU")
