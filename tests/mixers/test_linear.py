@@ -28,6 +28,83 @@ def test_without_exact_text_it_is_the_published_formula():
     torch.testing.assert_close(mixer(query, key, value, flux_context(LAYOUT)), expected)
 
 
+def attend(query, key, value, numerator=None):
+    """Linear attention by its weights; `numerator` are other features, of the weights above alone."""
+    above, below = ((one @ other.transpose(-1, -2)) for one, other in (numerator or (query, key), (query, key)))
+    return above @ value / below.sum(dim=-1, keepdim=True)
+
+
+def convolve(mixer, value):
+    """The mixer's filters on the pictures of LAYOUT without text, [batch, heads, tokens, channels]."""
+    maps = value.transpose(2, 3).reshape(-1, value.shape[-1], 7, 11)
+    convolved = F.conv2d(maps, mixer.filter[:, None], mixer.filter_bias, padding=2, groups=len(mixer.filter))
+    return convolved.reshape(*value.shape[:2], -1, 77).transpose(2, 3)
+
+
+def linfusion(mixer, query, key, value, _):
+    def moved(mlp, states):
+        wide = states.transpose(1, 2).flatten(2)
+        wide = wide + mlp.outer(F.leaky_relu(F.layer_norm(mlp.inner(wide), (8,), mlp.norm.weight, mlp.norm.bias)))
+        return F.elu(wide.unflatten(-1, (2, 16)).transpose(1, 2)) + 1
+
+    return attend(moved(mixer.query_mlp, query), moved(mixer.key_mlp, key), value)
+
+
+def lit(mixer, query, key, value, _):
+    query, key, value = (states.transpose(1, 2).flatten(2)[:, None] for states in (query, key, value))
+    output = attend(query.relu() + 1e-6, key.relu() + 1e-6, value) + convolve(mixer, value)
+    return output[:, 0].unflatten(-1, (2, 16)).transpose(1, 2)
+
+
+def sana(mixer, query, key, value, _):
+    return attend(query.relu() + 1e-6, key.relu() + 1e-6, value)
+
+
+def sana_video(mixer, query, key, value, context):
+    query, key = query.relu() + 1e-6, key.relu() + 1e-6
+    return attend(query, key, value, (context.rotate(query), context.rotate(key)))
+
+
+def flatten(mixer, query, key, value, _):
+    def focused(states, width):
+        states = (states.relu() + 1e-6) / F.softplus(width)
+        return states.norm(dim=-1, keepdim=True) * states**3 / (states**3).norm(dim=-1, keepdim=True)
+
+    query, key = focused(query, mixer.query_map.width), focused(key, mixer.key_map.width)
+    return attend(query, key, value) + convolve(mixer, value)
+
+
+def polaformer(mixer, query, key, value, _):
+    def signs(states, features):
+        states, power = states / F.softplus(features.width), 1 + 4 * features.power.sigmoid()
+        return states.relu() ** power, (-states).relu() ** power
+
+    (more, less), keys = signs(query, mixer.query_map), torch.cat(signs(key, mixer.key_map), dim=-1)
+    same, opposite = torch.cat([more, less], dim=-1), torch.cat([less, more], dim=-1)
+    first, second = value.chunk(2, dim=-1)
+    return torch.cat([attend(same, keys, first), attend(opposite, keys, second)], dim=-1) + convolve(mixer, value)
+
+
+@pytest.mark.parametrize(
+    ("formula", "knobs"),
+    [
+        (linfusion, {"feature_map": "elu", "mlp": 8}),
+        (lit, {"feature_map": "relu", "num_heads": 1, "convolution": 5}),
+        (sana, {"feature_map": "relu"}),
+        (sana_video, {"feature_map": "relu", "rope": "after_map"}),
+        (flatten, {"feature_map": "focused", "convolution": 5}),
+        (polaformer, {"feature_map": "polar", "convolution": 5}),
+    ],
+)
+def test_published_systems_are_choices_of_arguments(formula, knobs):
+    layout = Layout(0, LAYOUT.grids)
+    inputs, context = random_tokens(layout), flux_context(layout)
+    mixer = LinearMixer(SHAPE, **{"rope": "none", "text": "state", **knobs}).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    torch.testing.assert_close(mixer(*inputs, context), formula(mixer, *inputs, context))
+
+
 @pytest.mark.parametrize("text", ["exact", "state"])
 def test_few_heads_are_wide_heads(text):
     """LiT: one linear head of width 32 instead of two of 16; the shapes of query, key and value stay."""

@@ -32,10 +32,12 @@ class LinearMixer(JointMixer):
     - LiT: `feature_map=relu num_heads=<few> convolution=5 rope=none text=state`. Its convolution is shared by heads, as
       in FLatten's code, from which its filter starts at zero here.
     - SANA: `feature_map=relu rope=none text=state`; SANA-Video rotates after the map: `rope=after_map`.
-    - FLatten (arXiv 2308.00442): `feature_map=focused`. The lengths are those of each head, as in the paper; its code
-      takes them over the whole width, before it splits heads: `focused_lengths=width`.
-    - PolaFormer (arXiv 2501.15061): `feature_map=polar`; half of the channels of the value read products of equal, half
-      of opposite signs. Its output gate and its position table, which depends on the grid, are left out.
+    - FLatten (arXiv 2308.00442): `feature_map=focused convolution=5 rope=none text=state`. The lengths are those of
+      each head, as in the paper; its code takes them over the whole width, before it splits heads:
+      `focused_lengths=width`.
+    - PolaFormer (arXiv 2501.15061): `feature_map=polar convolution=5 rope=none text=state`; half of the channels of the
+      value read products of equal, half of opposite signs. Its output gate and its position table, which depends on the
+      grid, are left out.
 
     Args:
         shape: Sizes of the layer.
