@@ -76,7 +76,8 @@ def _row(
 
 def _speed(measured: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: measured[key] for key in ("command", "machine", "versions", "commit", "settings")}
-    return {**kept, "dense": _speed_of(measured, "softmax")}
+    graphed = all(row.get("graphed") for row in measured["rows"] if row.get("pass") == "forward")
+    return {**kept, "graphed": graphed, "dense": _speed_of(measured, "softmax")}
 
 
 def _speed_of(measured: Mapping[str, Any], mixer: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -95,11 +95,12 @@ def _remarks(comparison: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> li
         remarks.append(f"The runs were trained up to {neighbours} at a time on one device.")
     if comparison["speed"]:
         settings = comparison["speed"]["settings"]
+        launches = "without" if comparison["speed"]["graphed"] else "with"
         remarks.append(
             "Speed was measured apart from the runs, one mixer at a time with nothing beside it: the samples per "
             f"second of training steps of {settings['train_batch']} pictures (teacher and student forward, backward, "
-            "optimizer), and the milliseconds of one layer's mixer without its projections, forward, one picture, on a "
-            "GPU without the launches of its kernels."
+            "optimizer), and the milliseconds of one layer's mixer without its projections, forward, one picture, "
+            f"{launches} the launches of its kernels."
         )
     failed = [f"- {row['name']} failed: {row['error']}" for row in comparison["rows"] if "error" in row]
     slow = [f"- {row['name']} was not timed: {row['speed_error']}" for row in rows if row.get("speed_error")]
