@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch._dynamo.backends.common import aot_autograd
 
-from linearize.benchmark import attention
+from linearize.benchmark import attention, model
 from linearize.benchmark.attention import LayerSizes, attention_rows, check_parity
 from linearize.benchmark.model import ModelSettings, model_rows
 from linearize.benchmark.runner import benchmark
@@ -24,6 +24,8 @@ from linearize.compilation import compile_blocks
 from linearize.config import register_resolvers
 from linearize.errors import LinearizeError
 from linearize.layout import TILE, Grid, Layout
+from linearize.mixers.base import AttentionShape
+from linearize.mixers.clear import ClearMixer
 from linearize.ops.backends import BACKENDS, Backend
 from linearize.ops.naive import dense_sight, naive_attention
 from linearize.ops.regions import REGIONS, Disc
@@ -139,6 +141,14 @@ def test_models_are_compared_with_the_teacher(teacher, kind):
     assert flops["attention_removed"] == 0
     assert all(row["ratio_to_teacher"] > 0 and "error" not in row for row in rows)
     assert all(torch.equal(value, before[name]) for name, value in teacher.pipeline.transformer.state_dict().items())
+
+
+def test_the_comparison_leaves_nothing_that_compiles_again():
+    plain, named = ClearMixer(AttentionShape(2, 16, 32), window=2), ClearMixer(AttentionShape(2, 16, 32), window=2)
+    named.backend = "naive"
+    with model._backend("halo", [plain, named, None]):
+        assert plain.backend == named.backend == "halo"
+    assert "backend" not in vars(plain) and plain.backend == "auto" and named.backend == "naive"
 
 
 def test_compiled_models_are_measured_after_their_parity(teacher):

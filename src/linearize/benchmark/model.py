@@ -182,17 +182,28 @@ def _parity_error(teacher: Teacher, student: nn.Module, settings: ModelSettings,
     mixers = [getattr(site, "mixer", None) for site in teacher.backbone.sites(student).values()]
     if any(isinstance(mixer, RemovedAttention) for mixer in mixers):
         return None
-    local = [mixer for mixer in mixers if isinstance(mixer, LocalMixer)]
-    backends = [mixer.backend for mixer in local]
     inputs = _inputs(teacher, settings, size)
     found = teacher.backbone.predict(student, *inputs).float()
-    for mixer in local:
-        mixer.backend = "halo"
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), _backend("halo", mixers):
         expected = teacher.backbone.predict(student, *inputs).float()
-    for mixer, backend in zip(local, backends, strict=True):
-        mixer.backend = backend
     return ((found - expected).norm() / expected.norm()).item()
+
+
+@contextlib.contextmanager
+def _backend(name: str, mixers: Sequence[object]) -> Iterator[None]:
+    """Local mixers with a backend; afterwards each is as it was, or what was compiled before would compile again."""
+    local = [mixer for mixer in mixers if isinstance(mixer, LocalMixer)]
+    before = [vars(mixer).get("backend") for mixer in local]
+    for mixer in local:
+        mixer.backend = name
+    try:
+        yield
+    finally:
+        for mixer, own in zip(local, before, strict=True):
+            if own is None:
+                del mixer.backend
+            else:
+                mixer.backend = own
 
 
 def _inputs(teacher: Teacher, settings: ModelSettings, size: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
