@@ -1,11 +1,5 @@
 """The kernels of the complement of a disc compute its definition, forward and backward."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,26 +7,15 @@ from linearize.layout import TILE, Grid, Layout
 from linearize.ops.fused_complement import serves
 from linearize.ops.tile_states import window_complement
 from ops.complement_parity import CASES, check_operators, parity
-
-# The interpreter needs no GPU; where there is one, the kernels themselves are tested.
-interpreter = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton, and no GPU"
-)
+from ops.interpreted import errors_of, needs_interpreter
 
 
-@interpreter
+@needs_interpreter
 def test_kernels_by_the_interpreter_are_exact_in_float32():
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("complement_parity.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [line.split("\t") for line in run.stdout.splitlines() if "\t" in line]
-    assert [row[0] for row in rows] == list(CASES)
-    for name, *errors in rows:
-        assert len(errors) == 5 and max(map(float, errors)) < 2e-6, name
+    found = errors_of("complement_parity.py")
+    assert list(found) == list(CASES)
+    for name, errors in found.items():
+        assert len(errors) == 5 and max(errors) < 2e-6, name
 
 
 @pytest.mark.gpu

@@ -1,11 +1,5 @@
 """The Triton kernels of gated scans compute the definition, forward and backward."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -15,30 +9,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from linearize.errors import LinearizeError
 from linearize.ops.gated_scan import _choose, bidirectional_gated_attention
 from linearize.ops.head_scan import MOST_FEATURES, STATE, TAIL, blocks_of, refusal
+from ops.interpreted import errors_of, needs_interpreter
 from ops.scan_parity import CASES, Case, check_operators, parity
 
-# The interpreter needs no GPU; where there is one, the kernels themselves are tested.
-interpreter = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton, and no GPU"
-)
 
-
-@interpreter
+@needs_interpreter
 def test_kernels_by_the_interpreter_are_exact_in_float32():
-    script = Path(__file__).with_name("scan_parity.py")
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [line.split("\t") for line in run.stdout.splitlines() if "\t" in line]
-    assert [row[0] for row in rows] == [*CASES, "single chunks"]
-    for name, *errors in rows:
+    found = errors_of("scan_parity.py")
+    assert list(found) == [*CASES, "single chunks"]
+    for name, errors in found.items():
         # Sums of gates lose digits behind closed ones, and the gates' gradients behind sums of hundreds of tokens.
         states, gates = (2e-5, 4e-4) if name == "closed gates" else (1e-6, 2e-5)
-        assert len(errors) == 6 and max(map(float, errors[:4])) < states and max(map(float, errors[4:])) < gates, name
+        assert len(errors) == 6 and max(errors[:4]) < states and max(errors[4:]) < gates, name
 
 
 @given(num_features=st.integers(1, MOST_FEATURES), channels=st.integers(1, MOST_FEATURES))

@@ -1,11 +1,5 @@
 """The Triton kernels compute the definition of local attention, forward and backward."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,28 +7,16 @@ from linearize.errors import LinearizeError
 from linearize.layout import TILE, Grid
 from linearize.ops.local_attention import local_attention
 from linearize.ops.triton_local import refusal
+from ops.interpreted import errors_of, needs_interpreter
 from ops.triton_parity import CASES, check_operators, parity
 
-# The interpreter needs no GPU; where there is one, the kernels themselves are tested.
-interpreter = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton, and no GPU"
-)
 
-
-@interpreter
+@needs_interpreter
 def test_kernels_by_the_interpreter_are_exact_in_float32():
-    script = Path(__file__).with_name("triton_parity.py")
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [line.split("\t") for line in run.stdout.splitlines() if "\t" in line]
-    assert [row[0] for row in rows] == [*CASES, "in parts"]
-    for name, *errors in rows:
-        assert len(errors) == 5 and max(map(float, errors)) < 2e-6, name
+    found = errors_of("triton_parity.py")
+    assert list(found) == [*CASES, "in parts"]
+    for name, errors in found.items():
+        assert len(errors) == 5 and max(errors) < 2e-6, name
 
 
 @pytest.mark.gpu
