@@ -17,8 +17,8 @@ KINDS = {
     "products": re.compile(r"gemm|gemv|nvjet|cutlass|xmma|split_?k|cublas|(^|[:_])(add|b|baddb)?mm(_|$)", re.I),
 }
 REST = "rest"
-# Kernels of a row that its page names, and characters of their names.
-_SHOWN, _WIDTH = 8, 90
+# Kernels of a row that its page names, and characters of their names there and in the JSON.
+_SHOWN, _WIDTH, _KEPT = 8, 90, 200
 
 
 def kind_of(kernel: str) -> str:
@@ -42,8 +42,8 @@ def profiled(call: Callable[[], object], device: torch.device) -> dict[str, Any]
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if microseconds > 0:
-            name = event.key
-            kernels.append({"name": name, "kind": kind_of(name), "calls": event.count, "seconds": microseconds / 1e6})
+            kernel = {"name": event.key[:_KEPT], "kind": kind_of(event.key), "calls": event.count}
+            kernels.append(kernel | {"seconds": microseconds / 1e6})
     if not kernels:
         return None
     kernels.sort(key=lambda kernel: -kernel["seconds"])
