@@ -21,7 +21,7 @@ from linearize.compilation import compile_backend, compile_blocks
 from linearize.data.ensure import ensure_samples
 from linearize.data.prompts import PromptSource, prompt_source
 from linearize.data.settings import GenerationSettings
-from linearize.errors import INTERRUPTED, MISTAKE, LinearizeError
+from linearize.errors import INTERRUPTED, MISTAKE, LinearizeError, is_out_of_memory
 from linearize.extras import describe_missing
 from linearize.files import first_sentence, refused_write
 from linearize.processes import process_place
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 ROOT_VARIABLE = "LINEARIZE_ROOT"
 _REFUSED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-# What PyTorch's allocators say: those of GPUs, CUDA itself, and that of the CPU, whose error has no class of its own.
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
 _ASKED_FOR = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)
 
 
@@ -84,7 +82,7 @@ def describe_failure(error: Exception) -> str | None:
         return describe_missing(error, "This run")
     if isinstance(error, OSError) and error.errno in _REFUSED_WRITES:
         return str(refused_write(error.filename or "A file of this run", error))
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+    if is_out_of_memory(error):
         asked_for = _ASKED_FOR.search(str(error))
         return (
             f"This machine ran out of memory{f' ({asked_for[0].lower()})' if asked_for else ''}: train with a smaller "

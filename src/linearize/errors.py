@@ -1,9 +1,12 @@
 """The one exception that a user's mistake raises, checks that raise it, and what a process ends with."""
 
+import re
 from collections.abc import Iterable
 
 # Exit codes of entry points: after a mistake of the user, and after Ctrl-C or SIGTERM.
 MISTAKE, INTERRUPTED = 2, 130
+# What PyTorch's allocators say: those of GPUs, CUDA itself, and that of the CPU, whose error has no class of its own.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
 
 
 class LinearizeError(ValueError):
@@ -15,6 +18,13 @@ def mistake_behind(error: BaseException | None) -> LinearizeError | None:
     while error is not None and not isinstance(error, LinearizeError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is full: that of a GPU, or a CPU's, for which PyTorch has no class of errors."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
 
 
 def check_names(setting: str, names: Iterable[str], known: Iterable[str]) -> None:

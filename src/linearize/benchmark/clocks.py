@@ -23,7 +23,7 @@ def clock_under_load(call: Callable[[], object], seconds: float, device: torch.d
 
     Returns:
         "sm_mhz", the clock of its processors, and "power_capped", whether it is lowered to hold the power limit;
-        nothing without the package nvidia-ml-py.
+        nothing without the package nvidia-ml-py, or where the GPU does not tell.
     """
     try:
         import pynvml
@@ -32,12 +32,15 @@ def clock_under_load(call: Callable[[], object], seconds: float, device: torch.d
     for _ in range(math.ceil(_BURST / seconds)):
         call()
     time.sleep(_BURST / 2)
-    # This finds the chip among those that CUDA_VISIBLE_DEVICES leaves.
-    handle = torch.cuda._get_pynvml_handler(device)
-    reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    found = {
-        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "power_capped": bool(reasons & pynvml.nvmlClocksEventReasonSwPowerCap),
-    }
-    torch.cuda.synchronize(device)
-    return found
+    try:
+        # This finds the chip among those that CUDA_VISIBLE_DEVICES leaves.
+        handle = torch.cuda._get_pynvml_handler(device)
+        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+        return {
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "power_capped": bool(reasons & pynvml.nvmlClocksEventReasonSwPowerCap),
+        }
+    except pynvml.NVMLError:
+        return {}
+    finally:
+        torch.cuda.synchronize(device)

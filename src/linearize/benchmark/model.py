@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linearize.benchmark.profile import profiled
 from linearize.benchmark.subjects import BASELINES, RemovedAttention, check_sizes, check_student, student_of
-from linearize.benchmark.timing import is_out_of_memory, measured_or_reason
+from linearize.benchmark.timing import measured_or_reason
 from linearize.compilation import compile_backend, compile_blocks
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, is_out_of_memory
 from linearize.evaluation.paired import with_transformer
 from linearize.flops import attention_flops
 from linearize.mixers._local import LocalMixer

@@ -11,6 +11,7 @@ import torch
 
 from linearize.benchmark.clocks import clock_under_load
 from linearize.costs import GIB
+from linearize.errors import is_out_of_memory
 
 # Seconds of timed calls that are enough for a median.
 PATIENCE = 60.0
@@ -120,11 +121,6 @@ def fitting(measured: Callable[[], dict[str, Any]], device: torch.device, smalle
         torch.cuda.empty_cache()
         memory = f"this GPU's {torch.cuda.get_device_properties(device).total_memory / GIB:.0f} GiB"
     return {"error": f"out of memory: it needs more than {memory}; choose {smaller}"}
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory is full: that of a GPU, or a CPU's, for which PyTorch has no class of errors."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:

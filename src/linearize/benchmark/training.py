@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from linearize.benchmark.profile import profiled
 from linearize.benchmark.subjects import check_sizes, check_student, student_of
-from linearize.benchmark.timing import is_out_of_memory, measured_or_reason
+from linearize.benchmark.timing import measured_or_reason
 from linearize.compilation import compile_backend
 from linearize.costs import GIB
 from linearize.distillation.adamw8bit import AdamW8bit
@@ -23,7 +23,7 @@ from linearize.distillation.losses import AttentionOutput, FlowMatching, Predict
 from linearize.distillation.module import DistillationModule
 from linearize.distillation.noise import Uniform, draw_noise
 from linearize.distillation.stages import Stage
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, is_out_of_memory
 from linearize.surgery import trained_parameters
 from linearize.teachers import Teacher
 

@@ -16,7 +16,8 @@ from linearize.ops.constant_tables import constant_table
 from linearize.ops.regions import Boxes, Region
 
 UNIT = BLOCK // 2
-# A unit that no query sees, as it lies above every grid, fills the last pair of a list. Its number is -1.
+# A unit that no query sees, as it lies above every grid, fills the last pair of a list, and a first that has one unit.
+# Its number is -1.
 _NOTHING = [0, -(2**20), 0]
 
 
