@@ -1,14 +1,17 @@
 """The lists of the Hopper kernel hold every pair that sees another, once for each half of a block."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.block_tables import BLOCK
+from linearize.ops.hopper_local import PROBE, PROBE_WINDOW
 from linearize.ops.hopper_tables import UNIT, pair_tables
 from linearize.ops.naive import dense_sight
 from linearize.ops.regions import REGIONS
+from ops.triton_parity import INNER_CASES
 
 grids = st.builds(lambda rows, columns: Grid(rows * TILE[0], columns * TILE[1]), st.integers(1, 4), st.integers(1, 7))
 layouts = st.builds(
@@ -43,6 +46,27 @@ def test_a_half_meets_what_it_sees_and_little_else(layout, name, window):
                     assert not met[queries, keys].any()
                     met[queries, keys] = True
     assert not (seen & ~met).any()
+
+
+@pytest.mark.parametrize("name", INNER_CASES)
+def test_cases_of_the_kernel_have_every_kind_of_step(name):
+    (grid,), num_text_tokens, _, tile, region, window = INNER_CASES[name]
+    assert _has_every_kind(Layout(num_text_tokens, (grid,), tile=tile), region, window)
+
+
+@pytest.mark.parametrize("region", ["disc", "neighborhood"])
+def test_the_probe_of_a_gpu_has_every_kind_of_step(region):
+    assert _has_every_kind(PROBE, region, PROBE_WINDOW)
+
+
+def _has_every_kind(layout: Layout, region: str, window: int) -> bool:
+    """Whether one list has a lone unit, steps of one half, and text in a step that is masked."""
+    tables = pair_tables(layout, REGIONS[region](window), torch.device("cpu"))
+    for _, masked, shared, end, *_, lone in tables.segments[tables.num_text_segments :].tolist():
+        tops = tables.entries[masked:end, 1::3]
+        if lone and end > shared and (tops == -1).any() and (tops >= 0).any():
+            return True
+    return False
 
 
 def test_text_is_cut_like_that_of_other_tables():

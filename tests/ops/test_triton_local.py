@@ -8,7 +8,7 @@ from linearize.layout import TILE, Grid
 from linearize.ops.local_attention import local_attention
 from linearize.ops.triton_local import refusal
 from ops.interpreted import errors_of, needs_interpreter
-from ops.triton_parity import CASES, check_operators, parity
+from ops.triton_parity import CASES, INNER_CASES, check_operators, parity
 
 
 @needs_interpreter
@@ -23,6 +23,7 @@ def test_kernels_by_the_interpreter_are_exact_in_float32():
 @pytest.mark.parametrize(
     ("name", "head_dim", "dtype"),
     [(name, 64, torch.bfloat16) for name in CASES]
+    + [(name, dim, torch.bfloat16) for name in INNER_CASES for dim in (64, 128)]
     + [(name, dim, torch.float16) for name in ("ragged", "whole") for dim in (32, 128)],
 )
 def test_kernels_on_a_gpu_are_as_exact_as_their_dtype(name, head_dim, dtype):
@@ -32,7 +33,7 @@ def test_kernels_on_a_gpu_are_as_exact_as_their_dtype(name, head_dim, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["whole", "whole neighborhood", "ragged"])
+@pytest.mark.parametrize("name", ["whole", "whole neighborhood", "ragged", "inner disc 16"])
 def test_scores_that_go_on_rising_lose_nothing(name, head_dim):
     """Later scores exceed earlier ones by hundreds, so that peaks move and what was added up before shrinks."""
     output, mass, *_ = parity(name, heads=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda", growth=60.0)

@@ -27,6 +27,11 @@ CASES = {
     "itself": ((Grid(16, 32),), 128, True, TILE, "disc", 1),
     "whole neighborhood": ((Grid(16, 32),), 0, True, TILE, "neighborhood", 4),
 }
+# Whole tiles with others on all sides: the Hopper kernel's lists have a unit of text in a step that is masked.
+INNER_CASES = {
+    f"inner {region} {window}": ((Grid(48, 40),), 128, True, TILE, region, window)
+    for region, window in (("disc", 2), ("disc", 8), ("disc", 16), ("neighborhood", 3), ("neighborhood", 9))
+}
 
 
 def naive_with_mass(
@@ -48,7 +53,7 @@ def parity(
 
     The keys grow from the first token to the last, by `growth` in all.
     """
-    grids, num_text_tokens, text_first, tile, region, window = CASES[name]
+    grids, num_text_tokens, text_first, tile, region, window = (CASES | INNER_CASES)[name]
     layout = Layout(num_text_tokens, grids, text_first, tile)
     call = {"layout": layout, "region": REGIONS[region](window), "scale": head_dim**-0.5}
     generator = torch.Generator().manual_seed(0)

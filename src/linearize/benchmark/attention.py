@@ -23,8 +23,8 @@ from linearize.ops.regions import REGIONS
 PARITY = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Neither square nor cut evenly by any tile.
 PROBE = Grid(19, 37)
-# Cut evenly: kernels may take another path there.
-WHOLE_PROBE = Grid(24, 48)
+# Cut evenly, with tiles inside: kernels may take another path there.
+WHOLE_PROBE = Grid(3 * TILE[0], 5 * TILE[1])
 DENSE_KERNELS: dict[str, dict[str, SDPBackend | None]] = {
     "cpu": {"dense": None},
     "cuda": {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION},

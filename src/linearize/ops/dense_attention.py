@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def dense_attention(
@@ -35,6 +37,28 @@ def dense_attention(
         seen = seen & key_mask[:, None, None, :]
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
     return torch.matmul(weights.masked_fill(~seen, 0.0), value)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """PyTorch's attention under a mask, by kernels that are right.
+
+    Args:
+        query: [batch, heads, queries, head_dim].
+        key: [batch, key-value heads, keys, head_dim].
+        value: Same as key.
+        mask: Broadcasts to [batch, heads, queries, keys]: True where a query sees a key, or what is added to scores.
+            Every query sees some key.
+        scale: Softmax scale.
+
+    Returns:
+        [batch, heads, queries, head_dim].
+    """
+    key, value = match_heads(key, query), match_heads(value, query)
+    if not query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    # Not cuDNN's, which PyTorch prefers on Hopper GPUs: under masks its numbers are wrong (pytorch#196678 is one case).
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def match_heads(states: Tensor, query: Tensor) -> Tensor:

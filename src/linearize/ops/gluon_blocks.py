@@ -137,7 +137,7 @@ def places_of(entry):
 
 @gluon.jit
 def hide_unseen(scores, places, own, window, REGION: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores, far below all others where the query does not see the key, [64, 128]."""
+    """Scores, far below all others where the query does not see the key, [64, 128]; text, whose top is -1, is seen."""
     first_top, first_left, second_top, second_left = places
     own_top, own_left, height, width = own
     query_slot = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)), 1)
@@ -148,14 +148,16 @@ def hide_unseen(scores, places, own, window, REGION: gl.constexpr, LAYOUT: gl.co
         down = key_slot % 64 // WIDTH + top - _nearest(query_slot // WIDTH + own_top, window, height)
         right = key_slot % WIDTH + left - _nearest(query_slot % WIDTH + own_left, window, width)
         inside = (down >= 0) & (down < gl.minimum(2 * window - 1, height))
-        sees = inside & (right >= 0) & (right < gl.minimum(2 * window - 1, width))
-        return gl.where(sees, scores, -FAR)
+        inside = inside & (right >= 0) & (right < gl.minimum(2 * window - 1, width))
+        return gl.where(inside | (top == -1), scores, -FAR)
     # Rows between query and key are nine different numbers in a thread, columns two, whatever the step. So this way 36
     # pairs of a row and a column are compared, and not all 64.
     rows = (query_slot // WIDTH - key_slot % 64 // WIDTH).to(gl.float32)
     columns = (query_slot % WIDTH - key_slot % WIDTH).to(gl.float32)
     down, right = rows - (top - own_top).to(gl.float32), columns - (left - own_left).to(gl.float32)
-    return scores - FAR * _beyond(down, window * window * 1.0 - 1 - right * right)
+    reach = window * window * 1.0 - 1
+    room = gl.where(key_slot < 64, gl.where(first_top == -1, FAR, reach), gl.where(second_top == -1, FAR, reach))
+    return scores - FAR * _beyond(down, room - right * right)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.layout import Layout
-from linearize.ops.dense_attention import match_heads
+from linearize.ops.dense_attention import masked_attention, match_heads
 from linearize.ops.halo_tables import TileBatch, halo_tables
 from linearize.ops.regions import Region
 
@@ -89,7 +89,9 @@ def _attend(
 def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """SDPA on token-major tensors under an additive mask: [batch, tokens, heads, head_dim]."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+    return masked_attention(query, key, value, mask, scale=scale).transpose(1, 2)
 
 
 def _without_blind(output: Tensor, mask: Tensor) -> Tensor:

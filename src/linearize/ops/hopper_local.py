@@ -19,8 +19,8 @@ from linearize.ops.naive import naive_attention
 from linearize.ops.regions import REGIONS
 
 HEAD_DIMS = (64, 128)
-# Sees whole blocks, parts of blocks and nothing of others.
-_PROBE_WINDOW = 6
+# Large enough for a tile with others on all sides: its list has every kind of step.
+PROBE, PROBE_WINDOW = Layout(BLOCK, (Grid(3 * TILE[0], 5 * TILE[1]),), tile=TILE), 6
 # Channels that shared memory holds next to one another: 128 bytes.
 _SWIZZLED = 64
 
@@ -56,19 +56,19 @@ def _works(device: torch.device, head_dim: int, region: str) -> bool:
 
 def _fault(device: torch.device, head_dim: int, region: str) -> str | None:
     """Why the kernel is of no use here: it is compiled, and compared with the definition on a small picture."""
-    layout, rule = Layout(BLOCK, (Grid(2 * TILE[0], 2 * TILE[1]),), tile=TILE), REGIONS[region](_PROBE_WINDOW)
-    shape, generator = (3, 1, 1, layout.num_tokens, head_dim), torch.Generator(device).manual_seed(0)
+    rule = REGIONS[region](PROBE_WINDOW)
+    shape, generator = (3, 1, 1, PROBE.num_tokens, head_dim), torch.Generator(device).manual_seed(0)
     query, key, value = torch.randn(shape, generator=generator, device=device).bfloat16()
     output, lse, empty = torch.empty_like(query), query.new_empty(query.shape[:3]).float(), query.new_empty(0).float()
-    tables, scale = pair_tables(layout, rule, device), head_dim**-0.5
+    tables, scale = pair_tables(PROBE, rule, device), head_dim**-0.5
     planes = planes_for((query, key, value, output)) or []
     try:
         with torch.cuda.device_of(query):
-            launch_forward(planes, lse, empty, empty, tables, region, _PROBE_WINDOW, scale * math.log2(math.e))
+            launch_forward(planes, lse, empty, empty, tables, region, PROBE_WINDOW, scale * math.log2(math.e))
     # Which errors another version of the compiler raises is not known.
     except Exception as error:
         return f"it does not run with this triton ({type(error).__name__})"
-    expected = naive_attention(query, key, value, layout=layout, region=rule, scale=scale)
+    expected = naive_attention(query, key, value, layout=PROBE, region=rule, scale=scale)
     return None if torch.allclose(output, expected, atol=0.05) else "its numbers are wrong with this triton"
 
 
