@@ -1,0 +1,111 @@
+"""The Hopper kernel computes the definition of local attention; here without a Hopper GPU, by an interpreter."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from linearize.layout import TILE, Grid, Layout
+from linearize.ops.block_tables import BLOCK
+from linearize.ops.hopper_local import HEAD_DIMS, launch_forward, planes_for
+from linearize.ops.hopper_tables import pair_tables
+from linearize.ops.regions import REGIONS
+from linearize.ops.triton_launch import merge_parts, split_lists
+from ops.triton_parity import INNER_CASES, naive_with_mass
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton", allow_module_level=True)
+
+from linearize.ops import gluon_kernels
+from ops import gluon_interpreter
+from ops.gluon_interpreter import Interpreted
+
+ROUNDING = 6e-4
+
+
+grids = st.builds(lambda rows, columns: Grid(rows * TILE[0], columns * TILE[1]), st.integers(1, 3), st.integers(1, 5))
+layouts = st.builds(
+    lambda text, first, grid: Layout(text * BLOCK, (grid,), first, TILE), st.integers(0, 2), st.booleans(), grids
+)
+
+
+def attend(
+    layout: Layout,
+    name: str,
+    window: int,
+    *,
+    head_dim: int = 64,
+    num_heads: int = 1,
+    head_major: bool = False,
+    share: float = 1.0,
+    growth: float = 1.0,
+) -> list[float]:
+    """Relative errors of output and log-sum-exp in float16; keys grow from the first token to the last, by `growth`."""
+    region, scale = REGIONS[name](window), head_dim**-0.5
+    drawn = torch.randn(3, 1, layout.num_tokens, num_heads, head_dim, generator=torch.Generator().manual_seed(window))
+    drawn[1] *= torch.linspace(1, growth, layout.num_tokens)[:, None, None]
+    query, key, value = drawn.half().transpose(2, 3)
+    if head_major:
+        query, key, value = (states.contiguous() for states in (query, key, value))
+    tables = pair_tables(layout, region, torch.device("cpu"), share=share)
+    output, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+    parts = (tables.num_text_segments, num_heads, BLOCK) if tables.num_splits > 1 else (0, 0, 0)
+    partial, partial_lse = torch.empty(*parts, head_dim), torch.empty(*parts, 1)
+    planes = planes_for((query, key, value, output))
+    launch_forward(planes, lse, partial, partial_lse, tables, name, window, scale * math.log2(math.e))
+    if tables.num_splits > 1:
+        text, text_lse = merge_parts(split_lists(partial, tables), split_lists(partial_lse, tables))
+        output[:, :, layout.text_slice] = text.transpose(0, 1).flatten(1, 2).to(output)
+        lse[:, :, layout.text_slice] = text_lse.transpose(0, 1).flatten(1, 3)
+    wide = (states.double() for states in (query, key, value))
+    expected, log_mass = naive_with_mass(*wide, layout=layout, region=region, scale=scale)
+    return [_error(output, expected), _error(lse, log_mass[..., 0] / math.log(2))]
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gluon_kernels, "forward_kernel", Interpreted())
+        yield
+
+
+@pytest.mark.parametrize("name", INNER_CASES)
+def test_tiles_with_others_on_all_sides_lose_no_token(name):
+    (grid,), num_text_tokens, _, tile, region, window = INNER_CASES[name]
+    assert max(attend(Layout(num_text_tokens, (grid,), tile=tile), region, window)) < ROUNDING
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layout=layouts,
+    name=st.sampled_from(list(REGIONS)),
+    window=st.integers(1, 20),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    num_heads=st.integers(1, 2),
+    head_major=st.booleans(),
+    share=st.sampled_from([0.01, 1.0]),
+)
+def test_whole_tiles_are_exact_in_any_number(layout, name, window, head_dim, num_heads, head_major, share):
+    sizes = {"head_dim": head_dim, "num_heads": num_heads, "head_major": head_major, "share": share}
+    assert max(attend(layout, name, window, **sizes)) < ROUNDING
+
+
+@pytest.mark.parametrize("growth", [0.02, 60.0])
+def test_scores_that_fall_or_rise_by_hundreds_lose_nothing(growth):
+    layout = Layout(BLOCK, (Grid(3 * TILE[0], 2 * TILE[1]),), tile=TILE)
+    assert max(attend(layout, "disc", 16, growth=growth)) < ROUNDING
+
+
+def test_the_interpreter_tells_a_kernel_that_hangs(monkeypatch):
+    monkeypatch.setattr(gluon_interpreter, "PATIENCE", 0.2)
+    monkeypatch.setitem(gluon_interpreter._SOURCE, "release", lambda empty, stage, own: None)
+    with pytest.raises(TimeoutError, match="the kernel hangs"):
+        attend(Layout(0, (Grid(3 * TILE[0], 5 * TILE[1]),), tile=TILE), "disc", 16)
