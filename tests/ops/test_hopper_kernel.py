@@ -23,6 +23,7 @@ if importlib.util.find_spec("triton") is None:
 from linearize.ops import gluon_kernels
 from ops import gluon_interpreter
 from ops.gluon_interpreter import Interpreted
+from ops.interpreted import numbers_of
 
 ROUNDING = 6e-4
 
@@ -109,3 +110,9 @@ def test_the_interpreter_tells_a_kernel_that_hangs(monkeypatch):
     monkeypatch.setitem(gluon_interpreter._SOURCE, "release", lambda empty, stage, own: None)
     with pytest.raises(TimeoutError, match="the kernel hangs"):
         attend(Layout(0, (Grid(3 * TILE[0], 5 * TILE[1]),), tile=TILE), "disc", 16)
+
+
+def test_it_compiles_for_hopper_gpus_and_fits_their_shared_memory():
+    found = numbers_of("gluon_compile.py")
+    assert list(found) == ["disc", "neighborhood"]
+    assert all(0 < num_bytes <= 227 * 1024 for (num_bytes,) in found.values())
