@@ -1,6 +1,6 @@
 """Compiles the Hopper kernel, without a GPU: prints for each kind of mask the bytes of shared memory that it takes.
 
-    python tests/ops/gluon_compile.py
+python tests/ops/gluon_compile.py
 """
 
 import triton
