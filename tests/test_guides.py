@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import linearize.mixers
 from contexts import SHAPE, flux_context, random_tokens
 from linearize.benchmark.attention import PEERS
+from linearize.benchmark.runner import SUITES
 from linearize.config import register_resolvers
 from linearize.layout import Grid, Layout
 from linearize.mixers import build_mixer, mixer_defaults, mixer_names
@@ -66,11 +67,18 @@ def test_the_guides_calls_run(row_mixer, tiny_pipeline, capsys):
 def test_the_page_on_local_attention_shows_what_runs(capsys):
     exec(blocks("local_attention.md", "python")[0], {})
     assert capsys.readouterr().out.rstrip().endswith("not dense: window=8 does not cover the whole picture")
+
+
+@pytest.mark.parametrize("page", ["local_attention.md", "speed.md"])
+def test_pages_show_benchmarks_that_compose(page):
     root = DOCS.parent
     register_resolvers(root)
-    for command in blocks("local_attention.md", "bash")[0].splitlines():
+    commands = [line for block in blocks(page, "bash") for line in block.replace("\\\n", "").splitlines()]
+    assert len(commands) > 1
+    for command in commands:
         _, script, *overrides = shlex.split(command)
         assert (root / script).is_file()
         with initialize_config_dir(str(root / "configs"), version_base="1.3"):
-            backends = compose("benchmark", overrides=overrides).attention.backends
-        assert set(backends) <= {*BACKENDS, *PEERS}
+            config = compose("benchmark", overrides=overrides)
+        assert config.suite in SUITES
+        assert set(config.attention.backends) <= {*BACKENDS, *PEERS}
