@@ -1,10 +1,16 @@
-"""What the Hopper kernel of local attention is made of: the ring of shared memory, masks, softmax."""
+"""What the Hopper kernel of local attention is made of: the ring of shared memory, masks, softmax, the way out."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from linearize.ops.triton_blocks import FAR, WIDTH
 
@@ -15,6 +21,8 @@ SEGMENT = gl.constexpr(11)
 STAGES = gl.constexpr(2)
 # Gluon is young: triton 3.9 gives these other names.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # By how many powers of 2 a weight may exceed 1 before the peak follows.
 SLACK = gl.constexpr(8.0)
 # Moves sixteen numbers, $16 to $31, and multiplies them by $32 to $47 unless $48 is 0.
@@ -221,3 +229,25 @@ def lone_step(state, query, key_ring, value_ring, scale, D: gl.constexpr, SCORES
     acc, weights = warpgroup_mma_wait(0, deps=[product, weights])
     mbarrier.arrive(value_empty.index(0))
     return acc, gl.convert_layout(peak, gl.SliceLayout(1, SCORES)), gl.convert_layout(sums, total.type.layout)
+
+
+@gluon.jit
+def write(acc, result, query, results, half, place, start, lane, lanes, num_tokens, row, column, D: gl.constexpr):
+    """Writes output and log-sum-exp of a half: final, or a partial result in float32."""
+    output, lse, partial_output, partial_lse = results
+    slot = half * 64 + gl.arange(0, 64, layout=result.type.layout)
+    if place < 0:
+        gl.store(lse + lane.to(gl.int64) * num_tokens + start + slot, result)
+        # The queries are used up, so their room serves the way out.
+        query.store(acc.to(query.dtype))
+        fence_async_shared()
+        _barrier()
+        _store(output, [row + start + half * 64, column], query)
+        tma.store_wait(0)
+    else:
+        base = (place * lanes + lane).to(gl.int64) * 128
+        gl.store(partial_lse + base + slot, result)
+        token = half * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
+        channel = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
+        slots = partial_output + base * D + gl.expand_dims(token, 1) * D + gl.expand_dims(channel, 0)
+        gl.store(slots, acc)

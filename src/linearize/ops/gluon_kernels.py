@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -32,12 +31,9 @@ from linearize.ops.gluon_blocks import (
     softmax_step,
     step_of,
     wait_for,
+    write,
 )
 from linearize.ops.triton_blocks import WIDTH
-
-# Gluon is young: triton 3.9 gives these other names.
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -103,28 +99,6 @@ def _steps(
             mbarrier.arrive(value_empty.index(older_stage))
         acc, weights = shrink(acc, decay), new
     return acc, weights, peak, total
-
-
-@gluon.jit
-def _write(acc, result, query, results, half, place, start, lane, lanes, num_tokens, row, column, D: gl.constexpr):
-    """Writes output and log-sum-exp of a half: final, or a partial result in float32."""
-    output, lse, partial_output, partial_lse = results
-    slot = half * 64 + gl.arange(0, 64, layout=result.type.layout)
-    if place < 0:
-        gl.store(lse + lane.to(gl.int64) * num_tokens + start + slot, result)
-        # The queries are used up, so their room serves the way out.
-        query.store(acc.to(query.dtype))
-        fence_async_shared()
-        _barrier()
-        _store(output, [row + start + half * 64, column], query)
-        tma.store_wait(0)
-    else:
-        base = (place * lanes + lane).to(gl.int64) * 128
-        gl.store(partial_lse + base + slot, result)
-        token = half * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
-        channel = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
-        slots = partial_output + base * D + gl.expand_dims(token, 1) * D + gl.expand_dims(channel, 0)
-        gl.store(slots, acc)
 
 
 @gluon.jit
@@ -204,7 +178,7 @@ def _consume(
     total = gl.convert_layout(gl.sum(total, 1), ROWS)
     acc = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, RESULT)), 1)
     result = peak + gl.log2(total)
-    _write(acc, result, query, results, half, place, start, lane, lanes, num_tokens, row, column, D)
+    write(acc, result, query, results, half, place, start, lane, lanes, num_tokens, row, column, D)
 
 
 @gluon.jit
