@@ -17,6 +17,7 @@ from linearize.errors import LinearizeError, check_names
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops.backends import BACKENDS
 from linearize.ops.local_attention import explain_backend, local_attention
+from linearize.ops.parity import largest_error
 from linearize.ops.regions import REGIONS
 
 # Largest relative error, |out - reference| / |reference| against float64, at which a speed may be reported.
@@ -147,7 +148,8 @@ def check_parity(sizes: LayerSizes, window: int, backend: str, seed: int = 0) ->
     Raises:
         LinearizeError: It is above what the dtype's rounding explains.
     """
-    error = max(_error(sizes, probe, window, backend, seed) for probe in (PROBE, WHOLE_PROBE))
+    errors = [_error(sizes, probe, window, backend, seed) for probe in (PROBE, WHOLE_PROBE)]
+    error = torch.tensor(errors).max().item()  # which keeps NaN
     if not error <= PARITY[sizes.dtype]:
         raise LinearizeError(
             f"backend {backend} at window={window} in {sizes.dtype} is off by {error:.2g} from the definition (at most "
@@ -164,7 +166,7 @@ def _error(sizes: LayerSizes, grid: Grid, window: int, backend: str, seed: int) 
     exact = tuple(state.detach().double().requires_grad_() for state in states)
     naive = _local_call(sizes, grid, window, "naive", tile=PEERS.get(backend, (backend, TILE))[1])
     expected = _results(naive, exact, weight.double(), with_gradients)
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+    return largest_error(found, expected)
 
 
 def _results(

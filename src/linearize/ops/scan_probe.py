@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.ops.chunked_scan import chunked
+from linearize.ops.parity import largest_error
 
 # Tokens of the comparison, which is also when kernels choose their blocks.
 PROBE = 4096
@@ -47,7 +48,7 @@ def failure(
             reason = next(iter(str(error).splitlines()), "no message")
             return f"its kernels fail on this GPU ({type(error).__name__}: {reason})"
         expected = _results(chunked, [leaf.detach().float().requires_grad_() for leaf in leaves])
-    off = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+    off = largest_error(found, expected)
     return None if off <= TOLERANCE else f"its kernels are off by {off:.2g} from the definition on this GPU"
 
 
