@@ -13,12 +13,14 @@ from linearize.layout import TILE, Grid, Layout
 from linearize.ops.disc import coordinates
 from linearize.ops.fused_complement import _complement, _complement_backward, fused_complement
 
-# grids, order, window; ragged and whole tiles, one and several images, in tiles and in rows
+# grids, order, window; ragged and whole tiles, one and several images, in tiles and in rows, more blocks than a strip
 CASES = {
     "whole": ((Grid(16, 32),), TILE, 4),
     "ragged": ((Grid(17, 26),), TILE, 3),
     "two images": ((Grid(35, 17), Grid(5, 26)), None, 4),
     "itself": ((Grid(16, 24),), None, 1),
+    "two whole images": ((Grid(16, 24), Grid(32, 8)), TILE, 3),
+    "wide": ((Grid(1, 521),), None, 4),
 }
 
 

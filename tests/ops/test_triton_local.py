@@ -8,15 +8,15 @@ from linearize.layout import TILE, Grid
 from linearize.ops.local_attention import local_attention
 from linearize.ops.triton_local import refusal
 from ops.interpreted import errors_of, needs_interpreter
-from ops.triton_parity import CASES, INNER_CASES, check_operators, parity
+from ops.triton_parity import CASES, IN_PARTS, INNER_CASES, check_operators, parity, parity_in_parts
 
 
 @needs_interpreter
 def test_kernels_by_the_interpreter_are_exact_in_float32():
     found = errors_of("triton_parity.py")
-    assert list(found) == [*CASES, "in parts"]
+    assert list(found) == [*CASES, *(f"{name} in parts" for name in IN_PARTS)]
     for name, errors in found.items():
-        assert len(errors) == 5 and max(errors) < 2e-6, name
+        assert len(errors) == 5 and all(error < 2e-6 for error in errors), name
 
 
 @pytest.mark.gpu
@@ -28,7 +28,16 @@ def test_kernels_by_the_interpreter_are_exact_in_float32():
 )
 def test_kernels_on_a_gpu_are_as_exact_as_their_dtype(name, head_dim, dtype):
     rounding = {torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
-    assert max(parity(name, heads=3, head_dim=head_dim, dtype=dtype, device="cuda", batch=2)) < rounding
+    errors = parity(name, heads=3, head_dim=head_dim, dtype=dtype, device="cuda", batch=2)
+    assert all(error < rounding for error in errors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*IN_PARTS, "inner disc 8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lists_of_text_in_parts_are_as_exact(name, head_dim):
+    errors = parity_in_parts(name, heads=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda", batch=2)
+    assert all(error < 4e-3 for error in errors)
 
 
 @pytest.mark.gpu

@@ -7,12 +7,14 @@ the gradients of query, key and value.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
-from linearize.ops import block_tables
+from linearize.ops import block_tables, triton_launch, triton_local
 from linearize.ops.naive import dense_sight
 from linearize.ops.regions import REGIONS, Region
 from linearize.ops.triton_local import _attention, _attention_backward, triton_attention_with_mass
@@ -26,7 +28,10 @@ CASES = {
     "raster": ((Grid(10, 21),), 7, True, None, "disc", 4),
     "itself": ((Grid(16, 32),), 128, True, TILE, "disc", 1),
     "whole neighborhood": ((Grid(16, 32),), 0, True, TILE, "neighborhood", 4),
+    "two whole images": ((Grid(16, 24), Grid(32, 8)), 256, False, TILE, "disc", 5),
 }
+# Those that are compared once more with text's lists in parts: whole and ragged tiles and text.
+IN_PARTS = ("whole", "text last")
 # Whole tiles with others on all sides: the Hopper kernel's lists have a unit of text in a step that is masked.
 INNER_CASES = {
     f"inner {region} {window}": ((Grid(48, 40),), 128, True, TILE, region, window)
@@ -70,6 +75,24 @@ def parity(
     return [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
 
 
+def parity_in_parts(name: str, **sizes: Any) -> list[float]:
+    """`parity` with text's lists in parts, as where a GPU has many processors for each head."""
+    cut: list[int] = []
+
+    def split_lists(partial: Tensor, tables: Any) -> Tensor:
+        cut.append(tables.num_splits)
+        return triton_launch.split_lists(partial, tables)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_tables, "_SHORTEST", 2)
+        patch.setattr(triton_launch, "num_processors", lambda device: 1000)
+        patch.setattr(triton_local, "split_lists", split_lists)
+        errors = parity(name, **sizes)
+    # Output and mass, and the gradients of query, key and value.
+    assert len(cut) == 5 and min(cut) > 1
+    return errors
+
+
 def check_operators(device: str, dtype: torch.dtype, head_dim: int) -> None:
     """Asks PyTorch's own checks: schemas, fake kernels, gradients, and graphs that compilers trace."""
     states = [torch.randn(1, 133, 1, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
@@ -86,8 +109,8 @@ def interpreted() -> Iterator[tuple[str, list[float]]]:
     """Every case on the CPU, and text's lists in parts."""
     for name in CASES:
         yield name, parity(name, heads=1, head_dim=16, dtype=torch.float32, device="cpu")
-    block_tables._SHORTEST = 2
-    yield "in parts", parity("whole", heads=2, head_dim=16, dtype=torch.float32, device="cpu")
+    for name in IN_PARTS:
+        yield f"{name} in parts", parity_in_parts(name, heads=2, head_dim=16, dtype=torch.float32, device="cpu")
 
 
 if __name__ == "__main__":
