@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
+from linearize.ops import block_tables
 from linearize.ops.block_tables import BLOCK
 from linearize.ops.hopper_local import HEAD_DIMS, launch_forward, planes_for
 from linearize.ops.hopper_tables import pair_tables
@@ -41,30 +42,37 @@ def attend(
     *,
     head_dim: int = 64,
     num_heads: int = 1,
+    batch: int = 1,
     head_major: bool = False,
     share: float = 1.0,
     growth: float = 1.0,
 ) -> list[float]:
     """Relative errors of output and log-sum-exp in float16; keys grow from the first token to the last, by `growth`."""
     region, scale = REGIONS[name](window), head_dim**-0.5
-    drawn = torch.randn(3, 1, layout.num_tokens, num_heads, head_dim, generator=torch.Generator().manual_seed(window))
+    generator = torch.Generator().manual_seed(window)
+    drawn = torch.randn(3, batch, layout.num_tokens, num_heads, head_dim, generator=generator)
     drawn[1] *= torch.linspace(1, growth, layout.num_tokens)[:, None, None]
     query, key, value = drawn.half().transpose(2, 3)
     if head_major:
         query, key, value = (states.contiguous() for states in (query, key, value))
     tables = pair_tables(layout, region, torch.device("cpu"), share=share)
     output, lse = torch.empty_like(query), torch.empty(query.shape[:3])
-    parts = (tables.num_text_segments, num_heads, BLOCK) if tables.num_splits > 1 else (0, 0, 0)
+    parts = (tables.num_text_segments, batch * num_heads, BLOCK) if tables.num_splits > 1 else (0, 0, 0)
     partial, partial_lse = torch.empty(*parts, head_dim), torch.empty(*parts, 1)
     planes = planes_for((query, key, value, output))
     launch_forward(planes, lse, partial, partial_lse, tables, name, window, scale * math.log2(math.e))
     if tables.num_splits > 1:
         text, text_lse = merge_parts(split_lists(partial, tables), split_lists(partial_lse, tables))
-        output[:, :, layout.text_slice] = text.transpose(0, 1).flatten(1, 2).to(output)
-        lse[:, :, layout.text_slice] = text_lse.transpose(0, 1).flatten(1, 3)
+        lanes = (batch, num_heads)
+        output[:, :, layout.text_slice] = text.transpose(0, 1).flatten(1, 2).unflatten(0, lanes).to(output)
+        lse[:, :, layout.text_slice] = text_lse.transpose(0, 1).flatten(1, 3).unflatten(0, lanes)
     wide = (states.double() for states in (query, key, value))
     expected, log_mass = naive_with_mass(*wide, layout=layout, region=region, scale=scale)
     return [_error(output, expected), _error(lse, log_mass[..., 0] / math.log(2))]
+
+
+def assert_exact(errors: list[float]) -> None:
+    assert all(error < ROUNDING for error in errors)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -81,7 +89,7 @@ def interpreted():
 @pytest.mark.parametrize("name", INNER_CASES)
 def test_tiles_with_others_on_all_sides_lose_no_token(name):
     (grid,), num_text_tokens, _, tile, region, window = INNER_CASES[name]
-    assert max(attend(Layout(num_text_tokens, (grid,), tile=tile), region, window)) < ROUNDING
+    assert_exact(attend(Layout(num_text_tokens, (grid,), tile=tile), region, window))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,13 +104,22 @@ def test_tiles_with_others_on_all_sides_lose_no_token(name):
 )
 def test_whole_tiles_are_exact_in_any_number(layout, name, window, head_dim, num_heads, head_major, share):
     sizes = {"head_dim": head_dim, "num_heads": num_heads, "head_major": head_major, "share": share}
-    assert max(attend(layout, name, window, **sizes)) < ROUNDING
+    assert_exact(attend(layout, name, window, **sizes))
 
 
 @pytest.mark.parametrize("growth", [0.02, 60.0])
 def test_scores_that_fall_or_rise_by_hundreds_lose_nothing(growth):
     layout = Layout(BLOCK, (Grid(3 * TILE[0], 2 * TILE[1]),), tile=TILE)
-    assert max(attend(layout, "disc", 16, growth=growth)) < ROUNDING
+    assert_exact(attend(layout, "disc", 16, growth=growth))
+
+
+@pytest.mark.parametrize(("name", "window", "text_first"), [("disc", 5, True), ("disc", 9, False), ("tiles", 2, True)])
+def test_several_images_and_lists_of_text_in_parts_are_exact(name, window, text_first, monkeypatch):
+    monkeypatch.setattr(block_tables, "_SHORTEST", 2)
+    layout = Layout(2 * BLOCK, (Grid(2 * TILE[0], 3 * TILE[1]), Grid(TILE[0], 2 * TILE[1])), text_first, TILE)
+    share = 0.02  # of which no other test has tables
+    assert pair_tables(layout, REGIONS[name](window), torch.device("cpu"), share=share).num_splits > 1
+    assert_exact(attend(layout, name, window, batch=2, num_heads=2, share=share))
 
 
 def test_the_interpreter_tells_a_kernel_that_hangs(monkeypatch):
