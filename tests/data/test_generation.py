@@ -111,7 +111,7 @@ def test_killed_then_shared_by_two_processes_equals_one_run(tiny_flux_folder, wh
         assert running.wait(120) == 0, running.stderr.read()
     _assert_same_store(tmp_path, whole_store)
     assert all((tmp_path / shard.file_name).stat().st_mtime_ns == when for shard, when in before.items())
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_flux_folder, tmp_path):
@@ -121,7 +121,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_flux_folder, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on from there" in errors and "Traceback" not in errors
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.tmp"))
     assert len(SampleStore(tmp_path)) < NUM_SAMPLES
 
 
@@ -225,6 +225,8 @@ def test_a_store_of_other_settings_is_not_continued(teacher, whole_store, change
 
 def test_a_store_of_other_prompts_or_with_a_damaged_shard_is_not_continued(teacher, tmp_path):
     generate_samples(teacher, SOURCE, _settings(), tmp_path, num_samples=4, progress=False)
+    with pytest.raises(LinearizeError, match=r"generation\.buckets=33 is no whole number"):
+        generate_samples(teacher, SOURCE, _settings(buckets=[{"height": 33, "width": 32}]), tmp_path, num_samples=6)
     with pytest.raises(LinearizeError, match=r"prompts\.split=train, not held_out"):
         generate_samples(
             teacher, prompt_source({"source": "scenes", "split": "held_out"}), _settings(), tmp_path, num_samples=6

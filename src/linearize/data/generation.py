@@ -24,6 +24,7 @@ from linearize.errors import LinearizeError
 from linearize.files import require_disk_space, write_json
 from linearize.teachers import Teacher
 
+_LOCK = ".lock"
 log = logging.getLogger(__name__)
 
 
@@ -161,9 +162,12 @@ def generate_samples(
         How many samples this process made.
 
     Raises:
-        LinearizeError: the folder holds samples of another kind or a damaged shard, or the disk has no room.
+        LinearizeError: a size is no whole number of tokens, the folder holds samples of another kind or a damaged
+            shard, or the disk has no room.
     """
     folder, wanted = Path(folder), ShardRange(start, num_samples)
+    for bucket in settings.buckets:
+        teacher.backbone.check_sizes(teacher.pipeline, "generation.buckets", [bucket.height, bucket.width])
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, shared=world_size > 1):
         _open_store(folder, describe(teacher, source, settings))
@@ -181,7 +185,8 @@ def generate_samples(
 @contextlib.contextmanager
 def _locked(folder: Path, shared: bool) -> Iterator[None]:
     """Keeps runs that do not share the work, such as the jobs of a sweep, from making the same samples twice."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    # A file that is open for writing, because NFS gives an exclusive lock on nothing else.
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
