@@ -34,6 +34,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     settings = EvaluationSettings(**plain(cfg.evaluation))
     real = _open_real_data(cfg)
     teacher = build_teacher(cfg)
+    settings.check_sizes(teacher)
     student = load_student_of(teacher, cfg.student)
     compile_blocks(student, compile_backend(cfg.compile, teacher.pipeline.transformer.device))
     captions = real_data.captions(*real) if real else None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from linearize.backbones import find_backbone
 from linearize.compilation import compile_backend, compile_blocks
 from linearize.config import build_prompts, build_teacher
 from linearize.errors import LinearizeError, check_count
@@ -21,8 +22,8 @@ def sample(cfg: DictConfig) -> list[Path]:
         The files.
 
     Raises:
-        LinearizeError: no prompt is given, a size is no number of things, a folder cannot be read, or the file's name
-            is no PNG's.
+        LinearizeError: no prompt is given, a size is no whole number, of tokens where it is a picture's, a folder
+            cannot be read, or the file's name is no PNG's.
     """
     for name in ("height", "width", "num_inference_steps", "max_sequence_length"):
         check_count(name, cfg[name])
@@ -31,6 +32,8 @@ def sample(cfg: DictConfig) -> list[Path]:
     if out.suffix.lower() != ".png":
         raise LinearizeError(f"out={cfg.out} is no name of a PNG file: give one, for example out=sample.png.")
     pipeline = _load(cfg)
+    for name in ("height", "width"):
+        find_backbone(pipeline.transformer).check_sizes(pipeline, name, [cfg[name]])
     files = [out] if len(prompts) == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(len(prompts))]
     for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
         picture = pipeline(

@@ -56,6 +56,7 @@ def test_a_file_of_prompts_gives_numbered_pictures_of_the_teacher(configured, ti
         (["prompts.path=missing.txt"], r"missing\.txt cannot be read"),
         (["prompt=a", "num_inference_steps=0"], "num_inference_steps=0; choose a whole number, 1 or more"),
         (["prompt=a", "height=0"], "height=0; choose a whole number, 1 or more"),
+        (["prompt=a", "width=9"], "width=9 is no whole number of this teacher's tokens: choose 8 or 16 pixels"),
         (["prompt=a", "out=picture.jpg"], "out=picture.jpg is no name of a PNG file"),
         (["prompt=a", "student=missing"], "missing is no pipeline folder"),
         (["prompt=a", "teacher.path=missing"], "missing is no pipeline folder"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from linearize.errors import LinearizeError
 from linearize.layout import Layout
 from linearize.mixers import AttentionShape
 
@@ -108,3 +111,23 @@ class Backbone:
     def latent_shape(self, pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of a picture of height x width pixels."""
         raise NotImplementedError
+
+    def check_sizes(self, pipeline: Any, setting: str, sizes: Sequence[int]) -> None:
+        """Checks that pictures of these heights or widths in pixels are whole tokens, to which they would be cut.
+
+        Raises:
+            LinearizeError: One is not.
+        """
+
+        def is_whole(size: int) -> bool:
+            shapes = (self.latent_shape(pipeline, side, side) for side in (size - 1, size))
+            return next(shapes)[1] < next(shapes)[1]
+
+        for size in sizes:
+            if not is_whole(size):
+                smaller = [side for side in range(size, 0, -1) if is_whole(side)][:1]
+                larger = next(side for side in itertools.count(size) if is_whole(side))
+                near = " or ".join(map(str, [*smaller, larger]))
+                raise LinearizeError(
+                    f"{setting}={size} is no whole number of this teacher's tokens: choose {near} pixels."
+                )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from linearize.benchmark.attention import PARITY
-from linearize.benchmark.subjects import check_sizes
 from linearize.benchmark.timing import measure
 from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.errors import LinearizeError, check_names
@@ -90,8 +89,8 @@ def mixer_rows(teacher: Teacher, names: Sequence[str], settings: MixerSettings) 
     """
     check_names("mixers.names", names, mixer_names())
     for setting in ("sizes", "probe"):
-        check_sizes(teacher, f"mixers.{setting}", getattr(settings, setting))
-    check_sizes(teacher, "mixers.train_size", [settings.train_size])
+        teacher.backbone.check_sizes(teacher.pipeline, f"mixers.{setting}", getattr(settings, setting))
+    teacher.backbone.check_sizes(teacher.pipeline, "mixers.train_size", [settings.train_size])
     dense: dict[int, float] = {}
     for name in [DENSE, *(name for name in names if name != DENSE)]:
         try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linearize.benchmark.profile import profiled
-from linearize.benchmark.subjects import BASELINES, RemovedAttention, check_sizes, check_student, student_of
+from linearize.benchmark.subjects import BASELINES, RemovedAttention, check_student, student_of
 from linearize.benchmark.timing import measured_or_reason
 from linearize.compilation import compile_backend, compile_blocks
 from linearize.errors import LinearizeError, is_out_of_memory
@@ -86,7 +86,7 @@ def model_rows(
         raise LinearizeError(f"model.baselines names {unknown[0]!r}: choose from {', '.join(BASELINES)}.")
     for name, rule in students.items():
         check_student(f"model.mixers.{name}", rule)
-    check_sizes(teacher, "model.sizes", sizes)
+    teacher.backbone.check_sizes(teacher.pipeline, "model.sizes", sizes)
     subjects: dict[str, Callable[[nn.Module], nn.Module]] = {name: BASELINES[name] for name in baselines}
     subjects |= {name: partial(student_of, rule=rule) for name, rule in students.items()}
     again = {(name, size, settings.batch) for name in subjects for size in sizes}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,6 @@ from linearize.errors import LinearizeError
 from linearize.layout import Layout
 from linearize.mixers import Mixer, MixerContext, check_arguments
 from linearize.surgery import linearize, share_student
-from linearize.teachers import Teacher
 
 
 class RemovedAttention(Mixer):
@@ -111,22 +109,3 @@ def check_student(setting: str, rule: Any) -> None:
         check_arguments(rule.get("mixer"), arguments)
     except LinearizeError as error:
         raise LinearizeError(f"{setting}: {error}") from error
-
-
-def check_sizes(teacher: Teacher, setting: str, sizes: Sequence[int]) -> None:
-    """Checks that pictures of these heights or widths in pixels are whole tokens, to which they would be cut.
-
-    Raises:
-        LinearizeError: One is not.
-    """
-
-    def is_whole(size: int) -> bool:
-        shapes = (teacher.backbone.latent_shape(teacher.pipeline, side, side) for side in (size - 1, size))
-        return next(shapes)[1] < next(shapes)[1]
-
-    for size in sizes:
-        if not is_whole(size):
-            smaller = [side for side in range(size, 0, -1) if is_whole(side)][:1]
-            larger = next(side for side in itertools.count(size) if is_whole(side))
-            near = " or ".join(map(str, [*smaller, larger]))
-            raise LinearizeError(f"{setting}={size} is no whole number of this teacher's tokens: choose {near} pixels.")

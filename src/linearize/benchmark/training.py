@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from linearize.benchmark.profile import profiled
-from linearize.benchmark.subjects import check_sizes, check_student, student_of
+from linearize.benchmark.subjects import check_student, student_of
 from linearize.benchmark.timing import measured_or_reason
 from linearize.compilation import compile_backend
 from linearize.costs import GIB
@@ -104,7 +104,7 @@ def train_rows(
     Raises:
         LinearizeError: A recipe names what does not exist, or a size is no whole number of tokens.
     """
-    check_sizes(teacher, "train_step.sizes", sizes)
+    teacher.backbone.check_sizes(teacher.pipeline, "train_step.sizes", sizes)
     built = {name: _recipe(name, fields) for name, fields in recipes.items()}
     for size in sizes:
         before = [row for row in earlier if (row["size"], row["batch"]) == (size, settings.batch)]

@@ -1,8 +1,12 @@
 """What an evaluation measures: one set of settings for teacher, untrained student and student alike."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from linearize.errors import LinearizeError
+
+if TYPE_CHECKING:
+    from linearize.teachers import Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +56,12 @@ class EvaluationSettings:
             raise LinearizeError(
                 f"sigmas={list(self.sigmas)} must be noise levels between 0 and 1, for example [0.1, 0.5, 0.9]."
             )
+
+    def check_sizes(self, teacher: "Teacher") -> None:
+        """Checks that the pictures are whole tokens of a teacher.
+
+        Raises:
+            LinearizeError: they are not.
+        """
+        for name in ("height", "width"):
+            teacher.backbone.check_sizes(teacher.pipeline, f"evaluation.{name}", [getattr(self, name)])
