@@ -168,6 +168,7 @@ def test_a_mistake_in_a_sweep_stays_an_exception(tmp_path: Path) -> None:
         (["plan=[{layers: '*', mixer: cleer}]"], "cleer"),
         (["loss.attention_output.layers=[nothing.*]"], "nothing"),
         (["evaluation.num_prompts=0"], "num_prompts=0"),
+        (["evaluation.width=250"], r"evaluation\.width=250 is no whole number .* choose 248 or 256 pixels"),
         (["callbacks.pictures.prompts_file=missing.txt", "callbacks.pictures.every_n_steps=1"], "missing.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -195,6 +196,7 @@ def test_mistakes_are_told_before_samples_are_generated(
     [
         ("trainer.max_steps=many", "trainer.max_steps=many is no number: its default is 40."),
         ("stages=8", "stages=8 replaces several settings: set stages.<name> of transfer, distill."),
+        ("hydra.run.dir=file", "file could not be written (File exists)"),
         ("hydra.run.dir=file/run", "file/run could not be written (Not a directory)"),
     ],
 )

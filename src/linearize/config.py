@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from linearize.data.datamodule import SampleDataModule
 
 ROOT_VARIABLE = "LINEARIZE_ROOT"
-_REFUSED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_REFUSED_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 _ASKED_FOR = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)
 
 

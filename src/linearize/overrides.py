@@ -99,7 +99,7 @@ def describe(error: Exception, config_folder: Path, config_name: str, arguments:
         return f"{group}={choice} does not exist{hint}: choose {group}= one of {', '.join(error.options)}."
     if isinstance(error, OverrideParseException):
         reason = str(error.message).splitlines()[0]
-        return f"{error.override} cannot be read ({reason}): write key=value, and quote brackets and commas in values."
+        return f"{error.override} cannot be read ({reason}): write key=value, and quote spaces, brackets and commas."
     unknown = _UNKNOWN_KEY.search(str(error))
     if unknown is not None and _MULTIRUN & set(arguments):
         return f"{unknown.group(1)} is no setting of every point of this sweep: sweep only over choices that have it."

@@ -158,7 +158,10 @@ def match_layers(globs: Sequence[str], site_names: Sequence[str]) -> list[str]:
     """
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in site_names):
-            raise LinearizeError(f"layers glob {glob!r} matches none of the sites {', '.join(site_names)}")
+            raise LinearizeError(
+                f"layers glob {glob!r} matches none of the {len(site_names)} sites: give globs over names such as "
+                f"{site_names[0]} and {site_names[-1]}."
+            )
     return [name for name in site_names if any(fnmatchcase(name, glob) for glob in globs)]
 
 

@@ -67,6 +67,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     costs = Costs(Path(cfg.run_dir) / "costs.json")
     with costs.part("teacher"):
         teacher = build_teacher(cfg)
+        settings.check_sizes(teacher)
         module = build_module(cfg, teacher, stages, rules)
         if checkpoint is not None:
             check_checkpoint(module, read_checkpoint(checkpoint, shapes_only=True))
@@ -113,10 +114,16 @@ def resolve_precision(cfg: DictConfig) -> DictConfig:
     """Returns the config with precision, and the teacher's dtype and device, made definite.
 
     Raises:
-        LinearizeError: a precision that this project does not train in, or that the teacher's dtype does not go with.
+        LinearizeError: a GPU that is not there, a precision that this project does not train in, or that the teacher's
+            dtype does not go with.
     """
     cfg = cast(DictConfig, OmegaConf.merge(cfg))
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    wants_gpu = cfg.trainer.accelerator in ("gpu", "cuda")
+    if wants_gpu and not torch.cuda.is_available():
+        raise LinearizeError(
+            f"trainer.accelerator={cfg.trainer.accelerator} needs a CUDA GPU and none is visible: use auto or cpu."
+        )
+    on_gpu = wants_gpu or (cfg.trainer.accelerator == "auto" and torch.cuda.is_available())
     if cfg.trainer.precision == "auto":
         half = on_gpu or cfg.teacher.dtype == "bfloat16"
         cfg.trainer.precision = "bf16-mixed" if half else "32-true"

@@ -100,6 +100,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
     }
     if cfg.extend:
         _extend(result, out.with_suffix(".json"))
+    out.parent.mkdir(parents=True, exist_ok=True)
     measured = {_subject(row): row for row in result["rows"]}
     for row in _shown(rows_of(cfg, device, list(result["rows"]))):
         measured[_subject(row)] = row

@@ -63,8 +63,8 @@ def ensure_samples(
             return folders
     if num_samples is None:
         raise LinearizeError(
-            "data.num_samples is not set and data.path names no store: set data.num_samples=<number of samples to "
-            "generate>."
+            "data.path names no store and data.num_samples is not set: set data.path=<folder of a store>, or "
+            "set data.num_samples=<number of samples to generate>."
         )
     description = describe(teacher, source, settings)
     if path is not None:
