@@ -243,3 +243,23 @@ def test_one_mask_without_the_other_leaves_the_rest_valid(backend, masked):
     found = local_attention(*states, backend=backend, **call, **alone)
     expected = local_attention(*states, backend="naive", key_mask=both["tokens"], pooled_mask=both["pooled"], **call)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_text_tokens", [0, 5])
+@pytest.mark.parametrize("backend", ["halo", "flex", "auto"])
+def test_on_a_gpu_queries_that_see_no_key_give_zeros_and_no_gradients(backend, num_text_tokens, dtype):
+    grid = Grid(19, 37)
+    num_tokens = num_text_tokens + grid.num_tokens
+    exact = [torch.randn(2, 2, num_tokens, 64, dtype=torch.float64) for _ in range(3)]
+    # Without text, most discs of the first picture hold no valid key; the second picture has none at all.
+    key_mask = torch.rand(2, num_tokens) > torch.tensor([0.9, 1.0])[:, None]
+    results = []
+    for device, kind, name in (("cpu", torch.float64, "naive"), ("cuda", dtype, backend)):
+        states = [one.to(dtype).to(device, kind).requires_grad_() for one in exact]
+        call = {"grid": grid, "window": 2, "num_text_tokens": num_text_tokens, "tile": TILE, "backend": name}
+        found = with_gradients(states, key_mask=key_mask.to(device), **call)
+        results.append([one.detach().cpu().double() for one in found])
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() <= (1e-4 if dtype == torch.float32 else 2e-2) * expected.norm()

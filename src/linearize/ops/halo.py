@@ -70,7 +70,7 @@ def _text_outputs(
     if key_mask is None:
         return _softmax(query, key, value, None, scale)
     mask = _additive(key_mask[:, None, None, : layout.num_tokens], value.dtype)
-    return _without_blind(_softmax(query, key, value, mask, scale), mask)
+    return _softmax_or_zeros(query, key, value, mask, scale)
 
 
 def _attend(
@@ -83,7 +83,7 @@ def _attend(
         return _softmax(query, key, value, mask, scale).reshape(shape)
     valid = key_mask.index_select(1, batch.key_index).view(size, 1, 1, -1)
     mask = mask + _additive(valid, mask.dtype)
-    return _without_blind(_softmax(query, key, value, mask, scale), mask).reshape(shape)
+    return _softmax_or_zeros(query, key, value, mask, scale).reshape(shape)
 
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -94,9 +94,12 @@ def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     return masked_attention(query, key, value, mask, scale=scale).transpose(1, 2)
 
 
-def _without_blind(output: Tensor, mask: Tensor) -> Tensor:
-    """Zeros for queries that see no key: mask [batch, 1, 1 or queries, keys], output [batch, queries, heads, ...]."""
-    return output.masked_fill((mask == float("-inf")).all(dim=-1).transpose(1, 2)[..., None], 0.0)
+def _softmax_or_zeros(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`_softmax`, and zeros for queries that see no key; mask [batch, 1, 1 or queries, keys]."""
+    blind = (mask == float("-inf")).all(dim=-1, keepdim=True)
+    # They are shown all keys, as fused kernels may return NaN for them, or for their gradients.
+    output = _softmax(query, key, value, mask.masked_fill(blind, 0.0), scale)
+    return output.masked_fill(blind.transpose(1, 2), 0.0)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
