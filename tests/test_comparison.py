@@ -53,6 +53,7 @@ def speed(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     sizes = (
         "sizes=[64,96]",
         "probe=[112,208]",
+        "whole_probe=[256,128]",
         "train_batch=2",
         "train_size=64",
         "train_repeats=1",

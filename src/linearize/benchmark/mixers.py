@@ -28,6 +28,7 @@ class MixerSettings:
     Attributes:
         sizes: Sides of square pictures in pixels, for the forward pass of one layer, one picture at a time.
         probe: Height and width in pixels of the picture on which forward is compared with its definition.
+        whole_probe: Those of another, of tiles that are whole.
         max_sequence_length: Text tokens.
         train_batch: Pictures in a training step; 0 measures none.
         train_size: Their side in pixels.
@@ -38,6 +39,7 @@ class MixerSettings:
 
     sizes: Sequence[int]
     probe: tuple[int, int]
+    whole_probe: tuple[int, int]
     max_sequence_length: int
     train_batch: int
     train_size: int
@@ -88,7 +90,7 @@ def mixer_rows(teacher: Teacher, names: Sequence[str], settings: MixerSettings) 
         LinearizeError: A mixer is unknown, or a size is no whole number of tokens.
     """
     check_names("mixers.names", names, mixer_names())
-    for setting in ("sizes", "probe"):
+    for setting in ("sizes", "probe", "whole_probe"):
         teacher.backbone.check_sizes(teacher.pipeline, f"mixers.{setting}", getattr(settings, setting))
     teacher.backbone.check_sizes(teacher.pipeline, "mixers.train_size", [settings.train_size])
     dense: dict[int, float] = {}
@@ -147,7 +149,8 @@ def _rows(teacher: Teacher, name: str, settings: MixerSettings) -> Iterator[dict
     student = share_student(teacher.pipeline.transformer, [{"layers": "*", "mixer": name}])
     for parameter in trained_parameters(student).values():
         parameter.data = parameter.data.to(teacher.pipeline.transformer.dtype)
-    error = parity_error(layer_call(teacher, student, *settings.probe, settings.max_sequence_length))
+    probes = (settings.probe, settings.whole_probe)
+    error = max(parity_error(layer_call(teacher, student, *probe, settings.max_sequence_length)) for probe in probes)
     for size in settings.sizes:
         call = layer_call(teacher, student, size, size, settings.max_sequence_length)
         with torch.no_grad():

@@ -66,7 +66,7 @@ _COUNTS = {
     **dict.fromkeys(("max_sequence_length", "train_size", "train_repeats", "curve_steps"), 1),
     **dict.fromkeys(("num_text_tokens", "warmup", "train_batch"), 0),
 }
-_LISTS = ("sides", "sizes", "windows", "probe")
+_LISTS = ("sides", "sizes", "windows", "probe", "whole_probe")
 # What is measured, of all fields of a row; the others tell how it went.
 _SUBJECT = ("kernel", "model", "mixer", "side", "size", "pass", "region", "window", "batch")
 
@@ -233,7 +233,7 @@ def _shown(rows: Iterator[Row]) -> Iterator[Row]:
 def _table(title: str, names: list[str], cells: list[list[str]]) -> Table:
     table = Table(title=title)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in cells:
         table.add_row(*row)
     return table
