@@ -17,9 +17,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("dtype", list(PARITY), ids=str)
 @pytest.mark.parametrize("window", [4, 16])
+@pytest.mark.parametrize("num_text_tokens", [33, 128], ids=["ragged text", "whole text"])
 @pytest.mark.parametrize("backend", ["auto", "naive", "halo", "flex"])
-def test_local_attention_computes_its_definition(backend, window, dtype):
-    sizes = LayerSizes(4, 64, 33, 2, dtype, torch.device("cuda"), warmup=0, repeats=1)
+def test_local_attention_computes_its_definition(backend, num_text_tokens, window, dtype):
+    sizes = LayerSizes(4, 64, num_text_tokens, 2, dtype, torch.device("cuda"), warmup=0, repeats=1)
     assert check_parity(sizes, window, backend) <= PARITY[dtype]
 
 

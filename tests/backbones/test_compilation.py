@@ -121,7 +121,8 @@ def test_on_a_gpu_a_local_student_has_no_graph_breaks(gpu_transformer):
     student = gpu_transformer
     linearize(student, "clear", window=5)
     conditioning = {"prompt_embeds": torch.randn(1, 128, 32).cuda(), "pooled_prompt_embeds": torch.randn(1, 24).cuda()}
-    inputs = (torch.randn(1, 4, 48, 64).cuda(), torch.tensor([0.5]).cuda(), conditioning)
+    # 32 x 40 tokens: whole tiles, as are the text's.
+    inputs = (torch.randn(1, 4, 64, 80).cuda(), torch.tensor([0.5]).cuda(), conditioning)
     backbone = find_backbone(student)
     expected = backbone.predict(student, *inputs)
     counters.clear()

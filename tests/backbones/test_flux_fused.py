@@ -38,28 +38,33 @@ def test_diffusers_knows_the_blocks(student, predict):
             torch.testing.assert_close(predict(transformer), expected)  # from the cache, as sums with what blocks add
 
 
-def gpu_call():
-    """Inputs of a small transformer, a ragged grid of 24 x 40 tokens."""
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(24.0), torch.arange(40.0)).cuda()
+# Rows of 40 tokens, and text tokens: cut tiles and whole ones.
+SIZES = [(24, 9), (32, 128)]
+
+
+def gpu_call(rows, num_text_tokens):
+    """Inputs of a small transformer."""
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(40.0)).cuda()
     return {
-        "hidden_states": torch.randn(2, 960, 16, device="cuda", dtype=torch.bfloat16),
-        "encoder_hidden_states": torch.randn(2, 9, 32, device="cuda", dtype=torch.bfloat16),
+        "hidden_states": torch.randn(2, len(ids), 16, device="cuda", dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(2, num_text_tokens, 32, device="cuda", dtype=torch.bfloat16),
         "pooled_projections": torch.randn(2, 24, device="cuda", dtype=torch.bfloat16),
         "timestep": torch.full((2,), 0.5, device="cuda", dtype=torch.bfloat16),
         "img_ids": ids,
-        "txt_ids": torch.zeros(9, 3, device="cuda"),
+        "txt_ids": torch.zeros(num_text_tokens, 3, device="cuda"),
         "return_dict": False,
     }
 
 
 @pytest.mark.gpu
 @torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mixer", ["softmax", "clear"])
-def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(gpu_transformer, mixer):
+def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(gpu_transformer, mixer, size):
     student = gpu_transformer
     linearize(student, mixer, **({"window": 5} if mixer == "clear" else {}))
     student.requires_grad_(False)
-    call = gpu_call()
+    call = gpu_call(*size)
     expected = student(**call)[0].float()
     compile_blocks(student, "inductor")
     found = student(**call)[0].float()
@@ -67,9 +72,10 @@ def test_on_a_gpu_compiled_blocks_compute_what_eager_ones_do(gpu_transformer, mi
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_compiled_blocks_have_the_gradients_of_eager_ones(gpu_transformer):
+@pytest.mark.parametrize("size", SIZES)
+def test_on_a_gpu_compiled_blocks_have_the_gradients_of_eager_ones(gpu_transformer, size):
     student = share_student(gpu_transformer, [{"layers": "*", "mixer": "clear", "window": 5}])
-    call = gpu_call()
+    call = gpu_call(*size)
     parameters = list(trained_parameters(student).values())
 
     def gradients():

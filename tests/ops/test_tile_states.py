@@ -12,11 +12,11 @@ from linearize.ops.tile_states import states_of_far_tiles, window_flops, window_
 from linearize.ops.tile_tables import SIDE, tile_tables
 
 
-def tokens(layout, dtype=torch.float64, channels=6):
+def tokens(layout, dtype=torch.float64, channels=6, num_features=5):
     torch.manual_seed(0)
     size = (2, 2, layout.num_image_tokens, channels)
     query, key, value = torch.randn(3, *size, dtype=dtype).unbind(0)
-    features = torch.rand(2, *size[:3], 5, dtype=dtype).unbind(0)
+    features = torch.rand(2, *size[:3], num_features, dtype=dtype).unbind(0)
     return [tensor.clone().requires_grad_() for tensor in (query, key, value, *features)]
 
 
@@ -123,11 +123,12 @@ def test_states_of_far_tiles_are_those_of_all_tiles_that_are_not_near(window):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("channels", [6, 64], ids=["tiles", "kernels"])
+@pytest.mark.parametrize(("channels", "num_features"), [(6, 5), (64, 32)], ids=["tiles", "kernels"])
+@pytest.mark.parametrize("grid", [Grid(40, 56), Grid(48, 56)], ids=["cut tiles", "whole tiles"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_on_a_gpu_it_is_the_float64_form_up_to_rounding(dtype, tolerance, channels, masked):
-    layout = Layout(0, (Grid(40, 56),), tile=TILE)
-    drawn = [states.detach() for states in tokens(layout, channels=channels)]
+def test_on_a_gpu_it_is_the_float64_form_up_to_rounding(dtype, tolerance, grid, channels, num_features, masked):
+    layout = Layout(0, (grid,), tile=TILE)
+    drawn = [states.detach() for states in tokens(layout, channels=channels, num_features=num_features)]
     ours = [states.to("cuda", dtype).requires_grad_() for states in drawn]
     exact = [states.detach().cpu().double().requires_grad_() for states in ours]
     key_mask = (torch.arange(layout.num_image_tokens) % 5 > 0).expand(2, -1) if masked else None
