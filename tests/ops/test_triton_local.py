@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from linearize.errors import LinearizeError
-from linearize.layout import TILE, Grid
+from linearize.layout import TILE, Grid, Layout
+from linearize.ops.hopper_local import serves
 from linearize.ops.local_attention import local_attention
 from linearize.ops.triton_local import refusal
 from ops.interpreted import errors_of, needs_interpreter
@@ -30,6 +31,17 @@ def test_kernels_on_a_gpu_are_as_exact_as_their_dtype(name, head_dim, dtype):
     rounding = {torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
     errors = parity(name, heads=3, head_dim=head_dim, dtype=dtype, device="cuda", batch=2)
     assert all(error < rounding for error in errors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["whole", "whole neighborhood", "two whole images", *INNER_CASES])
+def test_whole_tiles_are_the_hopper_kernels_on_a_hopper_gpu(name, head_dim):
+    """Or what is compared here, and in other tests of whole tiles, would be the portable kernel alone."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    grids, num_text_tokens, text_first, tile, region, _ = (CASES | INNER_CASES)[name]
+    assert serves(Layout(num_text_tokens, grids, text_first, tile), region, head_dim, torch.device("cuda"))
 
 
 @pytest.mark.gpu
