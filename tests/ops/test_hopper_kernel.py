@@ -12,7 +12,7 @@ from torch import Tensor
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops import block_tables
 from linearize.ops.block_tables import BLOCK
-from linearize.ops.hopper_local import HEAD_DIMS, launch_forward, planes_for
+from linearize.ops.hopper_local import HEAD_DIMS, _fault, launch_forward, planes_for
 from linearize.ops.hopper_tables import pair_tables
 from linearize.ops.regions import REGIONS
 from linearize.ops.triton_launch import merge_parts, split_lists
@@ -120,6 +120,31 @@ def test_several_images_and_lists_of_text_in_parts_are_exact(name, window, text_
     share = 0.02  # of which no other test has tables
     assert pair_tables(layout, REGIONS[name](window), torch.device("cpu"), share=share).num_splits > 1
     assert_exact(attend(layout, name, window, batch=2, num_heads=2, share=share))
+
+
+@pytest.mark.parametrize("name", REGIONS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_probe_of_a_gpu_finds_no_fault(name, head_dim):
+    assert _fault(torch.device("cpu"), head_dim, name) is None
+
+
+def _text_hidden(scores: Tensor, places: tuple[Tensor, ...], *_: object) -> Tensor:
+    top = torch.where(torch.arange(128) < 64, places[0], places[2])
+    return scores.masked_fill(top == -1, -1e30)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("hide_unseen", lambda scores, *_: scores),
+        ("hide_unseen", _text_hidden),
+        ("column_sums", lambda states: 1.05 * states.reshape(64, -1, 8).sum(1)),
+    ],
+    ids=["no mask", "text hidden", "sums off"],
+)
+def test_the_probe_of_a_gpu_tells_wrong_numbers(name, fault, monkeypatch):
+    monkeypatch.setitem(gluon_interpreter._SOURCE, name, fault)
+    assert _fault(torch.device("cpu"), 64, "disc") == "its numbers are wrong with this triton"
 
 
 def test_the_interpreter_tells_a_kernel_that_hangs(monkeypatch):

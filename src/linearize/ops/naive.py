@@ -25,7 +25,7 @@ def naive_attention(
     num_pooled: int = 0,
 ) -> Tensor:
     """The definition, on dense weights; arguments as `halo_attention`."""
-    mask = _sight_with_text(layout, region, num_pooled, query.device)
+    mask = sight_with_text(layout, region, num_pooled, query.device)
     return dense_attention(query, key, value, scale=scale, mask=mask, key_mask=key_mask)
 
 
@@ -45,7 +45,7 @@ def dense_sight(layout: Layout, region: Region) -> Tensor:
 
 
 @constant_table
-def _sight_with_text(layout: Layout, region: Region, num_pooled: int, device: torch.device) -> Tensor:
+def sight_with_text(layout: Layout, region: Region, num_pooled: int, device: torch.device) -> Tensor:
     """Who sees whom with text and pooled keys, [tokens, tokens + num_pooled] bool."""
     is_text = torch.zeros(layout.num_tokens, dtype=torch.bool)
     is_text[layout.text_slice] = True
