@@ -82,3 +82,16 @@ def test_pages_show_benchmarks_that_compose(page):
             config = compose("benchmark", overrides=overrides)
         assert config.suite in SUITES
         assert set(config.attention.backends) <= {*BACKENDS, *PEERS}
+
+
+@pytest.mark.parametrize(("script", "config_name"), [("scripts/generate_data.py", "generate"), ("train.py", "train")])
+def test_the_page_on_clusters_shows_jobs_that_compose(script, config_name):
+    lines = [line for block in blocks("clusters.md", "bash") for line in block.splitlines()]
+    (job,) = [shlex.split(line) for line in lines if line.startswith(f"srun python {script} ")]
+    register_resolvers(DOCS.parent)
+    with initialize_config_dir(str(DOCS.parent / "configs"), version_base="1.3"):
+        config = compose(config_name, overrides=job[3:], return_hydra_config=True)
+    assert config.teacher.hub_id == "black-forest-labs/FLUX.1-dev"
+    if config_name == "train":
+        assert config.data.batch_size % (config.trainer.devices * config.trainer.num_nodes) == 0
+        assert config.data.batch_size * config.trainer.accumulate_grad_batches == 32
