@@ -28,6 +28,7 @@ from linearize.distillation.stages import Stage, allot_steps
 from linearize.distillation.window_dropout import WindowDropout
 from linearize.errors import LinearizeError, check_count
 from linearize.evaluation.settings import EvaluationSettings
+from linearize.evaluation.summary import picture_layout
 from linearize.export import FORMS
 from linearize.files import write_json
 from linearize.outcome import evaluate_run, export_run, finished_student, load_judge
@@ -73,7 +74,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             check_checkpoint(module, read_checkpoint(checkpoint, shapes_only=True))
     is_first = is_first_process()
     if is_first:
-        Console().print(str(surgery_report(module.student)), highlight=False, soft_wrap=True)
+        report = surgery_report(module.student, picture_layout(module.student, teacher, settings))
+        Console().print(str(report), highlight=False, soft_wrap=True)
     # Whatever can be wrong is built before hours of work begin.
     callbacks, judge = build_callbacks(cfg, teacher), load_judge(cfg, teacher)
     with costs.part("samples"):

@@ -19,6 +19,7 @@ from linearize.evaluation.settings import EvaluationSettings
 from linearize.evaluation.tables import print_summary
 from linearize.files import write_json
 from linearize.flops import attention_flops
+from linearize.layout import Layout
 from linearize.scenes.judge import Judge
 from linearize.surgery import share_student, trained_parameters
 
@@ -190,10 +191,16 @@ def _plan(student: Any) -> list[dict[str, Any]]:
     return [dict(rule) for rule in student.config.linearize_plan]
 
 
-def _flops_ratio(student: nn.Module, teacher: "Teacher", settings: EvaluationSettings) -> float:
-    backbone = teacher.backbone
-    shape = backbone.latent_shape(teacher.pipeline, settings.height, settings.width)
+def picture_layout(student: nn.Module, teacher: "Teacher", settings: EvaluationSettings) -> Layout:
+    """The tokens of the pictures that are measured."""
+    shape = teacher.backbone.latent_shape(teacher.pipeline, settings.height, settings.width)
     latents = torch.empty((1, *shape), device="meta")
-    layout = backbone.forward_layout(student, latents, settings.max_sequence_length)
-    before, after = (attention_flops(backbone, model, layout) for model in (teacher.pipeline.transformer, student))
+    return teacher.backbone.forward_layout(student, latents, settings.max_sequence_length)
+
+
+def _flops_ratio(student: nn.Module, teacher: "Teacher", settings: EvaluationSettings) -> float:
+    layout = picture_layout(student, teacher, settings)
+    before, after = (
+        attention_flops(teacher.backbone, model, layout) for model in (teacher.pipeline.transformer, student)
+    )
     return after / before
