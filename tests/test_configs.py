@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -169,6 +169,7 @@ def test_a_mistake_in_a_sweep_stays_an_exception(tmp_path: Path) -> None:
         (["loss.attention_output.layers=[nothing.*]"], "nothing"),
         (["evaluation.num_prompts=0"], "num_prompts=0"),
         (["evaluation.width=250"], r"evaluation\.width=250 is no whole number .* choose 248 or 256 pixels"),
+        (["trainer.strategy=nonsense"], "invalid strategy name"),
         (["callbacks.pictures.prompts_file=missing.txt", "callbacks.pictures.every_n_steps=1"], "missing.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -186,7 +187,7 @@ def test_mistakes_are_told_before_samples_are_generated(
         run_dir=tmp_path / "run",
     )
     cfg.root = str(tmp_path)
-    with pytest.raises(LinearizeError, match=words):
+    with pytest.raises((LinearizeError, InstantiationException), match=words):
         train(cfg)
     assert not list(tmp_path.rglob("*.parquet"))
 

@@ -78,6 +78,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         Console().print(str(report), highlight=False, soft_wrap=True)
     # Whatever can be wrong is built before hours of work begin.
     callbacks, judge = build_callbacks(cfg, teacher), load_judge(cfg, teacher)
+    trainer = build_trainer(cfg, callbacks)
     with costs.part("samples"):
         data = build_data(cfg, teacher, progress=is_first)
     with costs.part("training"), teacher.resting_encoders():
@@ -85,7 +86,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         if start_errors and is_first:
             mean = sum(start_errors.values()) / len(start_errors)
             _log.info("The layers start at a mean error of %.3g of the teacher's output.", mean)
-        metrics, training = fit(cfg, callbacks, data, module, checkpoint)
+        trainer.loggers = build_loggers(cfg, checkpoint)
+        metrics, training = fit(trainer, callbacks, data, module, checkpoint)
     if is_first:
         student = finished_student(module, teacher)
         summary = None
@@ -227,8 +229,25 @@ def activation_budget(cfg: DictConfig) -> float | None:
     return float(budget)
 
 
+def build_trainer(cfg: DictConfig, callbacks: dict[str, Any]) -> lightning.Trainer:
+    """The trainer of a config, without loggers."""
+    return instantiate(
+        cfg.trainer,
+        callbacks=list(callbacks.values()),
+        logger=False,
+        plugins=[SafetensorsCheckpointIO()],
+        default_root_dir=cfg.run_dir,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        max_epochs=-1,
+    )
+
+
 def fit(
-    cfg: DictConfig,
+    trainer: lightning.Trainer,
     callbacks: dict[str, Any],
     data: SampleDataModule,
     module: DistillationModule,
@@ -239,19 +258,6 @@ def fit(
     Raises:
         KeyboardInterrupt: the user stopped the training; everything is in the checkpoint.
     """
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=list(callbacks.values()),
-        logger=build_loggers(cfg, checkpoint),
-        plugins=[SafetensorsCheckpointIO()],
-        default_root_dir=cfg.run_dir,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        max_epochs=-1,
-    )
     start = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
