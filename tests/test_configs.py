@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from linearize.distillation.losses import LossTerm
 from linearize.errors import LinearizeError
 from linearize.overrides import describe
-from linearize.train import build_stages, layer_rules, resolve_precision, train
+from linearize.train import build_stages, build_trainer, layer_rules, resolve_precision, train
 from runs import ROOT, compose_train
 
 CONFIGS = ROOT / "configs"
@@ -206,3 +206,11 @@ def test_values_of_a_wrong_kind_are_told(tmp_path: Path, argument: str, sentence
     failed = run("hydra.run.dir=run", argument, cwd=tmp_path)
     assert failed.returncode == 2
     assert sentence in failed.stderr and failed.stderr.count("\n") == 1
+
+
+def test_devices_that_are_not_slurm_s_tasks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "3", "SLURM_JOB_NAME": "train"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = compose_train("trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true", run_dir=tmp_path)
+    with pytest.raises(LinearizeError, match=r"set trainer\.devices to a node's tasks"):
+        build_trainer(cfg, {})

@@ -30,7 +30,7 @@ from linearize.errors import LinearizeError, check_count
 from linearize.evaluation.settings import EvaluationSettings
 from linearize.evaluation.summary import picture_layout
 from linearize.export import FORMS
-from linearize.files import write_json
+from linearize.files import first_sentence, write_json
 from linearize.outcome import evaluate_run, export_run, finished_student, load_judge
 from linearize.processes import is_first_process
 from linearize.surgery import share_student, surgery_report
@@ -230,8 +230,12 @@ def activation_budget(cfg: DictConfig) -> float | None:
 
 
 def build_trainer(cfg: DictConfig, callbacks: dict[str, Any]) -> lightning.Trainer:
-    """The trainer of a config, without loggers."""
-    return instantiate(
+    """The trainer of a config, without loggers.
+
+    Raises:
+        LinearizeError: its devices and nodes are not those of the cluster's job.
+    """
+    trainer = instantiate(
         cfg.trainer,
         callbacks=list(callbacks.values()),
         logger=False,
@@ -244,6 +248,15 @@ def build_trainer(cfg: DictConfig, callbacks: dict[str, Any]) -> lightning.Train
         num_sanity_val_steps=0,
         max_epochs=-1,
     )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is not None:
+        try:
+            environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
+        except ValueError as error:
+            raise LinearizeError(
+                f"{first_sentence(error)}: set trainer.devices to a node's tasks, trainer.num_nodes to the nodes."
+            ) from error
+    return trainer
 
 
 def fit(
