@@ -209,7 +209,9 @@ def test_values_of_a_wrong_kind_are_told(tmp_path: Path, argument: str, sentence
 
 
 def test_devices_that_are_not_slurm_s_tasks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "3", "SLURM_JOB_NAME": "train"}.items():
+    tasks = {"SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "3", "SLURM_JOB_NAME": "train"}
+    place = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    for name, value in {**tasks, **place}.items():
         monkeypatch.setenv(name, value)
     cfg = compose_train("trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true", run_dir=tmp_path)
     with pytest.raises(LinearizeError, match=r"set trainer\.devices to a node's tasks"):
