@@ -1,9 +1,11 @@
 """Every config composes into what the code builds, and mistakes on the command line are told in one sentence."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,10 +13,11 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from linearize.checks import resolve_precision, warn_of_samples_that_no_step_sees
 from linearize.distillation.losses import LossTerm
 from linearize.errors import LinearizeError
 from linearize.overrides import describe
-from linearize.train import build_stages, build_trainer, layer_rules, resolve_precision, train
+from linearize.train import build_stages, build_trainer, layer_rules, train
 from runs import ROOT, compose_train
 
 CONFIGS = ROOT / "configs"
@@ -206,6 +209,21 @@ def test_values_of_a_wrong_kind_are_told(tmp_path: Path, argument: str, sentence
     failed = run("hydra.run.dir=run", argument, cwd=tmp_path)
     assert failed.returncode == 2
     assert sentence in failed.stderr and failed.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="it tells of machines without Slurm")
+def test_a_sweep_on_slurm_without_slurm_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    failed = run("-m", "launcher=slurm", "window=3,4", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "launcher=slurm needs Slurm's srun" in failed.stderr and "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(("num_samples", "is_told"), [(10000, True), (336, False)])
+def test_samples_that_no_step_sees_are_told(num_samples: int, is_told: bool, tmp_path: Path, caplog: Any) -> None:
+    cfg = compose_train("teacher=flux_dev", f"data.num_samples={num_samples}", run_dir=tmp_path)
+    warn_of_samples_that_no_step_sees(cfg)
+    assert ("40 steps see 320 of them" in caplog.text) == is_told
 
 
 def test_devices_that_are_not_slurm_s_tasks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

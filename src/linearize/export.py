@@ -171,7 +171,7 @@ def _write_stub(folder: Path, class_name: str) -> None:
     """Lets diffusers find the class by trust_remote_code: the pipeline by the file's name, AutoModel by auto_map."""
     write_text(
         folder / "linearize.py",
-        f'"""The class of this transformer; it needs `pip install linearize`."""\n\n'
+        f'"""The class of this transformer; it needs the package linearize."""\n\n'
         f'from linearize import {class_name}\n\n__all__ = ["{class_name}"]\n',
     )
     config = read_json_object(folder / "config.json")

@@ -32,7 +32,7 @@ def model_card(student: nn.Module, pipeline_class: str, *, form: str, summary: d
 def _loading_lines(form: str) -> str:
     if form == "standalone":
         return (
-            "# pip install linearize\n"
+            "# where the package linearize is installed\n"
             "from diffusers import DiffusionPipeline\n\n"
             'pipeline = DiffusionPipeline.from_pretrained("<this folder>", trust_remote_code=True)'
         )

@@ -45,6 +45,14 @@ def override_errors(config_folder: str | Path, config_name: str) -> Iterator[Non
     except (HydraException, OmegaConfBaseException) as error:
         sys.stderr.write(f"error: {describe(error, Path(config_folder), config_name, sys.argv[1:])}\n")
         sys.exit(MISTAKE)
+    except RuntimeError as error:
+        if "srun" not in str(error):
+            raise
+        sys.stderr.write(
+            "error: launcher=slurm needs Slurm's srun, which is not on this machine: start the sweep where jobs are "
+            "submitted, or set launcher=local or launcher=processes.\n"
+        )
+        sys.exit(MISTAKE)
     except OSError as error:  # of Hydra's own folders
         sentence = describe_failure(error)
         if sentence is None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from linearize.adapters import LoraSettings
+from linearize.checks import resolve_precision, seed_generators, warn_of_samples_that_no_step_sees
 from linearize.compilation import compile_backend
 from linearize.config import build_data, build_teacher, plain
 from linearize.costs import Costs
@@ -36,7 +37,6 @@ from linearize.processes import is_first_process
 from linearize.surgery import share_student, surgery_report
 from linearize.teachers import Teacher
 
-_PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 # From this width on cuDNN's attention is safe to train with; below it gave NaN (torch 2.11).
 _CUDNN_HEAD_DIM = 64
 _log = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     # Whatever can be wrong is built before hours of work begin.
     callbacks, judge = build_callbacks(cfg, teacher), load_judge(cfg, teacher)
     trainer = build_trainer(cfg, callbacks)
+    if is_first:
+        warn_of_samples_that_no_step_sees(cfg)
     with costs.part("samples"):
         data = build_data(cfg, teacher, progress=is_first)
     with costs.part("training"), teacher.resting_encoders():
@@ -101,50 +103,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             write_json(Path(cfg.run_dir) / "summary.json", summary)
         metrics["summary"] = summary
     return metrics
-
-
-def seed_generators(seed: int) -> None:
-    """Seeds every generator of this process.
-
-    Raises:
-        LinearizeError: the generators do not take this seed.
-    """
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise LinearizeError(f"seed={seed} is no seed: give a whole number from 0 to {2**32 - 1}.")
-    lightning.seed_everything(seed, verbose=False)
-
-
-def resolve_precision(cfg: DictConfig) -> DictConfig:
-    """Returns the config with precision, and the teacher's dtype and device, made definite.
-
-    Raises:
-        LinearizeError: a GPU that is not there, a precision that this project does not train in, or that the teacher's
-            dtype does not go with.
-    """
-    cfg = cast(DictConfig, OmegaConf.merge(cfg))
-    wants_gpu = cfg.trainer.accelerator in ("gpu", "cuda")
-    if wants_gpu and not torch.cuda.is_available():
-        raise LinearizeError(
-            f"trainer.accelerator={cfg.trainer.accelerator} needs a CUDA GPU and none is visible: use auto or cpu."
-        )
-    on_gpu = wants_gpu or (cfg.trainer.accelerator == "auto" and torch.cuda.is_available())
-    if cfg.trainer.precision == "auto":
-        half = on_gpu or cfg.teacher.dtype == "bfloat16"
-        cfg.trainer.precision = "bf16-mixed" if half else "32-true"
-    if cfg.trainer.precision not in _PRECISIONS:
-        raise LinearizeError(
-            f"trainer.precision={cfg.trainer.precision} is unknown: use auto, {' or '.join(_PRECISIONS)}."
-        )
-    if cfg.teacher.dtype == "auto":
-        cfg.teacher.dtype = _PRECISIONS[cfg.trainer.precision]
-    if cfg.trainer.precision == "32-true" and cfg.teacher.dtype != "float32":
-        raise LinearizeError(
-            f"trainer.precision=32-true needs teacher.dtype=float32, not {cfg.teacher.dtype}: "
-            "set teacher.dtype=float32, or trainer.precision=bf16-mixed."
-        )
-    if cfg.teacher.device == "auto" and not on_gpu:
-        cfg.teacher.device = "cpu"
-    return cfg
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:

@@ -34,6 +34,7 @@ def summary():
         "versions": {"python": "3.12.1", "torch": "2.13.0", "lightning": None},
         "machine": "1 x NVIDIA H100",
         "command": "python train.py mixer=clear window=8 experiment=scenes_clear",
+        "commit": "0123456789ab",
     }
 
 
@@ -65,6 +66,7 @@ def test_pages_stand_beside_their_summaries_with_their_source(run_script, summar
     page = (tmp_path / "scenes_clear.md").read_text()
     for part in (
         summary["command"],
+        "- Commit: 0123456789ab",
         summary["machine"],
         "torch 2.13.0",
         "scenes_clear.json",

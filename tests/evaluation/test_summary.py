@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from linearize.evaluation.environment import commit
 from linearize.evaluation.metrics import MAX_PSNR, mean_psnr
 from linearize.evaluation.paired import PairedProtocol
 from linearize.evaluation.summary import compare, summarize_run, untrained_student
@@ -43,6 +44,7 @@ def test_summary_has_every_number_and_says_where_it_comes_from(run, student, tea
     assert summary["teacher_source"]["weight_hash"] == teacher.weight_hash
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["machine"] and summary["command"].startswith("python ")
+    assert summary["commit"] == commit()
 
 
 def test_samples_picture_shows_four_columns_and_the_first_rows(run, settings):

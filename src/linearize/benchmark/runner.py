@@ -1,6 +1,5 @@
 """Runs a benchmark from its config and keeps what it measured: what scripts/benchmark.py calls."""
 
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from linearize.benchmark.scans import ScanSizes, scan_rows
 from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.config import build_teacher, plain
 from linearize.errors import LinearizeError, check_count, check_names
-from linearize.evaluation.environment import command, machine, versions
+from linearize.evaluation.environment import command, commit, machine, versions
 from linearize.evaluation.tables import markdown_table
 from linearize.files import read_json_object, write_json, write_text
 from linearize.mixers import mixer_names
@@ -94,7 +93,7 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         "machine": machine(device),
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
-        "commit": cfg.commit or _commit(Path(cfg.root)),
+        "commit": cfg.commit or commit(),
         "command": command(),
         "settings": plain(cfg[settings]),
     }
@@ -251,17 +250,3 @@ def _cell(value: Any, factor: float | None) -> str:
     if factor is None:
         return str(value)
     return f"{factor * value:,.0f}" if factor * value >= 1000 else f"{factor * value:.4g}"
-
-
-def _commit(root: Path) -> str | None:
-    """The commit of the code, marked where files differ from it; None outside a repository."""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

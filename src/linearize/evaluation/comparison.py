@@ -48,6 +48,7 @@ def compare_runs(folder: str | Path, speed: str | Path | None = None) -> dict[st
         "budget": budget,
         "command": _command(folder),
         **{field: first[field] for field in ("teacher_source", "settings", "versions", "machine")},
+        "commits": sorted({summary["commit"] for summary in summaries.values() if summary.get("commit")}),
         "speed": None if measured is None else _speed(measured),
     }
 

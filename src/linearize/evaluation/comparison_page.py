@@ -113,6 +113,8 @@ def _provenance(comparison: Mapping[str, Any]) -> str:
     lines = [f"- Command: `{comparison['command']}`"] if comparison["command"] else []
     lines += [f"- Machine: {comparison['machine']} for each run", f"- Versions: {packages}"]
     lines.append(f"- Teacher: {source['name']}, weights {source['weight_hash'][:12]}")
+    if comparison.get("commits"):
+        lines.append(f"- Commit: {', '.join(comparison['commits'])}")
     if speed:
         lines.append(f"- Speed: `{speed['command']}` on {speed['machine']}, commit {speed['commit']}")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
-"""Where numbers come from: versions, machine, command."""
+"""Where numbers come from: versions, machine, command, commit."""
 
 import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,3 +48,19 @@ def command() -> str:
         script = script.relative_to(Path.cwd())
     name = str(script) if not script.is_absolute() else script.name
     return shlex.join(["python", name, *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The commit of this code, marked where files differ from it; None where it is in no repository."""
+    here = Path(__file__)
+    try:
+        # A repository around an environment that has the code installed is not the code's.
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)
+        return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    call = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()

@@ -83,4 +83,6 @@ def _provenance(summary: Mapping[str, Any]) -> str:
         f"- Versions: {packages}",
         f"- Teacher: {source['name']}, weights {source['weight_hash'][:12]}",
     ]
+    if summary.get("commit"):
+        lines.append(f"- Commit: {summary['commit']}")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.data.prompts import ScenePrompts
-from linearize.evaluation.environment import command, machine, versions
+from linearize.evaluation.environment import command, commit, machine, versions
 from linearize.evaluation.metrics import frechet_distance, mean_psnr
 from linearize.evaluation.paired import PairedProtocol
 from linearize.evaluation.pictures import comparison_grid, save_png
@@ -110,6 +110,7 @@ def build_summary(
             "sigmas": list(settings.sigmas),
         },
         "versions": versions(),
+        "commit": commit(),
         "machine": machine(next(student.parameters()).device),
         "command": command(),
     }
