@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from linearize.benchmark.attention import PARITY, LayerSizes, check_parity
+from linearize.benchmark.attention import LayerSizes, check_parity
+from linearize.benchmark.parity import PARITY
 from linearize.mixers import mixer_names
 from linearize.teachers import load_teacher
 from linearize.train import train

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from linearize.benchmark import attention
 from linearize.benchmark.attention import LayerSizes, attention_rows, check_parity
+from linearize.benchmark.parity import PARITY
 from linearize.benchmark.runner import benchmark
 from linearize.benchmark.visited import VISITED, exact_pairs
 from linearize.config import register_resolvers
@@ -97,7 +97,7 @@ def test_tokens_that_memory_does_not_hold_are_rows_that_say_so(sizes):
 def test_every_backend_passes_the_parity_gate(sizes, dtype):
     typed = LayerSizes(**{**sizes.__dict__, "dtype": dtype})
     for backend in ("naive", "halo", "auto"):
-        assert 0 < check_parity(typed, 6, backend) <= attention.PARITY[dtype]
+        assert 0 < check_parity(typed, 6, backend) <= PARITY[dtype]
 
 
 def test_no_speed_of_a_backend_that_computes_something_else(sizes, monkeypatch):

@@ -1,7 +1,6 @@
 """The Hopper kernel computes the definition of local attention; here without a Hopper GPU, by an interpreter."""
 
 import importlib.util
-import math
 
 import pytest
 import torch
@@ -10,13 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
-from linearize.ops import block_tables
+from linearize.ops import block_tables, triton_launch
 from linearize.ops.block_tables import BLOCK
-from linearize.ops.hopper_local import HEAD_DIMS, _fault, launch_forward, planes_for
+from linearize.ops.hopper_local import HEAD_DIMS, _fault
 from linearize.ops.hopper_tables import pair_tables
+from linearize.ops.naive import naive_with_mass
 from linearize.ops.regions import REGIONS
-from linearize.ops.triton_launch import merge_parts, split_lists
-from ops.triton_parity import INNER_CASES, naive_with_mass
+from linearize.ops.triton_local import triton_attention_with_mass
+from ops.triton_parity import INNER_CASES
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -55,20 +55,15 @@ def attend(
     query, key, value = drawn.half().transpose(2, 3)
     if head_major:
         query, key, value = (states.contiguous() for states in (query, key, value))
-    tables = pair_tables(layout, region, torch.device("cpu"), share=share)
-    output, lse = torch.empty_like(query), torch.empty(query.shape[:3])
-    parts = (tables.num_text_segments, batch * num_heads, BLOCK) if tables.num_splits > 1 else (0, 0, 0)
-    partial, partial_lse = torch.empty(*parts, head_dim), torch.empty(*parts, 1)
-    planes = planes_for((query, key, value, output))
-    launch_forward(planes, lse, partial, partial_lse, tables, name, window, scale * math.log2(math.e))
-    if tables.num_splits > 1:
-        text, text_lse = merge_parts(split_lists(partial, tables), split_lists(partial_lse, tables))
-        lanes = (batch, num_heads)
-        output[:, :, layout.text_slice] = text.transpose(0, 1).flatten(1, 2).unflatten(0, lanes).to(output)
-        lse[:, :, layout.text_slice] = text_lse.transpose(0, 1).flatten(1, 3).unflatten(0, lanes)
+    # Tables are cut as on a GPU with so many processors.
+    processors = batch * num_heads / share
+    triton_launch.plan_for.cache_clear()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(triton_launch, "num_processors", lambda device: processors)
+        output, log_mass = triton_attention_with_mass(query, key, value, layout=layout, region=region, scale=scale)
     wide = (states.double() for states in (query, key, value))
-    expected, log_mass = naive_with_mass(*wide, layout=layout, region=region, scale=scale)
-    return [_error(output, expected), _error(lse, log_mass[..., 0] / math.log(2))]
+    expected = naive_with_mass(*wide, layout=layout, region=region, scale=scale)
+    return [_error(*pair) for pair in zip((output, log_mass), expected, strict=True)]
 
 
 def assert_exact(errors: list[float]) -> None:
@@ -83,7 +78,9 @@ def _error(found: Tensor, expected: Tensor) -> float:
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gluon_kernels, "forward_kernel", Interpreted())
+        patch.setattr(triton_launch, "serves", lambda *_: True)
         yield
+        triton_launch.plan_for.cache_clear()
 
 
 @pytest.mark.parametrize("name", INNER_CASES)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from linearize.layout import TILE, Grid, Layout
 from linearize.ops import block_tables, triton_launch, triton_local
-from linearize.ops.naive import dense_sight
-from linearize.ops.regions import REGIONS, Region
+from linearize.ops.naive import naive_with_mass
+from linearize.ops.parity import WHOLE_GRID
+from linearize.ops.regions import REGIONS
 from linearize.ops.triton_local import _attention, _attention_backward, triton_attention_with_mass
 
 # grids, text tokens, text first, order, region, window; ragged and whole tiles, none and several images
@@ -34,21 +35,9 @@ CASES = {
 IN_PARTS = ("whole", "text last")
 # Whole tiles with others on all sides: the Hopper kernel's lists have a unit of text in a step that is masked.
 INNER_CASES = {
-    f"inner {region} {window}": ((Grid(48, 40),), 128, True, TILE, region, window)
+    f"inner {region} {window}": ((WHOLE_GRID,), 128, True, TILE, region, window)
     for region, window in (("disc", 2), ("disc", 8), ("disc", 16), ("neighborhood", 3), ("neighborhood", 9))
 }
-
-
-def naive_with_mass(
-    query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, region: Region, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The definition, and log sum_j exp(s_ij)."""
-    is_image = torch.zeros(layout.num_tokens, dtype=torch.bool)
-    is_image[layout.image_slice] = True
-    seen = ~(is_image[:, None] & is_image)
-    seen[layout.image_slice, layout.image_slice] = dense_sight(layout, region)
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
-    return scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1, keepdim=True)
 
 
 def parity(

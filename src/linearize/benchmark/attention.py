@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from linearize.benchmark.parity import PROBE, WHOLE_PROBE, check_errors
 from linearize.benchmark.timing import fitting, measure
 from linearize.benchmark.visited import exact_pairs, takes_hopper, visited_pairs
 from linearize.errors import LinearizeError, check_names
@@ -20,12 +21,6 @@ from linearize.ops.local_attention import explain_backend, local_attention
 from linearize.ops.parity import largest_error
 from linearize.ops.regions import REGIONS
 
-# Largest relative error, |out - reference| / |reference| against float64, at which a speed may be reported.
-PARITY = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-# Neither square nor cut evenly by any tile.
-PROBE = Grid(19, 37)
-# Cut evenly, with tiles inside: kernels may take another path there.
-WHOLE_PROBE = Grid(3 * TILE[0], 5 * TILE[1])
 DENSE_KERNELS: dict[str, dict[str, SDPBackend | None]] = {
     "cpu": {"dense": None},
     "cuda": {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION},
@@ -148,14 +143,9 @@ def check_parity(sizes: LayerSizes, window: int, backend: str, seed: int = 0) ->
     Raises:
         LinearizeError: It is above what the dtype's rounding explains.
     """
-    errors = [_error(sizes, probe, window, backend, seed) for probe in (PROBE, WHOLE_PROBE)]
-    error = torch.tensor(errors).max().item()  # which keeps NaN
-    if not error <= PARITY[sizes.dtype]:
-        raise LinearizeError(
-            f"backend {backend} at window={window} in {sizes.dtype} is off by {error:.2g} from the definition (at most "
-            f"{PARITY[sizes.dtype]:.0e} is rounding), so no speed of it is reported: use another of backends=[...]."
-        )
-    return error
+    errors = (_error(sizes, probe, window, backend, seed) for probe in (PROBE, WHOLE_PROBE))
+    subject = f"backend {backend} at window={window}"
+    return check_errors(errors, sizes.dtype, subject, "use another of backends=[...]")
 
 
 def _error(sizes: LayerSizes, grid: Grid, window: int, backend: str, seed: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.benchmark.attention import PARITY
+from linearize.benchmark.parity import PARITY
 from linearize.benchmark.timing import measure
 from linearize.benchmark.training import TrainSettings, train_rows
 from linearize.errors import LinearizeError, check_names

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.benchmark.attention import PARITY, PROBE, WHOLE_PROBE
+from linearize.benchmark.parity import PROBE, WHOLE_PROBE, check_errors
 from linearize.benchmark.timing import fitting, measure
 from linearize.errors import LinearizeError, check_names
 from linearize.extras import require
@@ -151,14 +151,8 @@ def check_parity(sizes: ScanSizes, name: str, kind: str, seed: int = 0) -> float
         LinearizeError: The error is above what the dtype's rounding explains.
     """
     operation, sizes = OPERATIONS[name], replace(sizes, num_heads=PROBE_HEADS)
-    errors = [_error(sizes, operation, probe, kind, seed) for probe in operation.probes]
-    error = torch.tensor(errors).max().item()  # which keeps NaN
-    if not error <= PARITY[sizes.dtype]:
-        raise LinearizeError(
-            f"kernel {name} in {sizes.dtype} is off by {error:.2g} from the definition (at most "
-            f"{PARITY[sizes.dtype]:.0e} is rounding), so no speed of it is reported: leave it out of kernels=[...]."
-        )
-    return error
+    errors = (_error(sizes, operation, probe, kind, seed) for probe in operation.probes)
+    return check_errors(errors, sizes.dtype, f"kernel {name}", "leave it out of kernels=[...]")
 
 
 def _error(sizes: ScanSizes, operation: Operation, probe: Grid, kind: str, seed: int) -> float:

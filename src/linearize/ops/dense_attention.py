@@ -61,6 +61,15 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *,
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
+def masked_attention_or_zeros(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """`masked_attention`, and zeros for queries that see no key."""
+    is_bool = mask.dtype == torch.bool
+    blind = ~mask.any(dim=-1, keepdim=True) if is_bool else (mask == float("-inf")).all(dim=-1, keepdim=True)
+    # They are shown all keys, as fused kernels may return NaN for them, or for their gradients.
+    output = masked_attention(query, key, value, mask.masked_fill(blind, True if is_bool else 0.0), scale=scale)
+    return output.masked_fill(blind, 0.0)
+
+
 def match_heads(states: Tensor, query: Tensor) -> Tensor:
     """Repeats key-value heads [batch, key-value heads, tokens, head_dim] until there are as many as query heads."""
     groups = query.shape[1] // states.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.layout import Layout
-from linearize.ops.dense_attention import masked_attention, match_heads
+from linearize.ops.dense_attention import masked_attention, masked_attention_or_zeros, match_heads
 from linearize.ops.halo_tables import TileBatch, halo_tables
 from linearize.ops.regions import Region
 
@@ -68,9 +68,9 @@ def _text_outputs(
     """Text queries see all tokens: [batch, text tokens, heads, head_dim]."""
     query, key, value = query[:, layout.text_slice], key[:, : layout.num_tokens], value[:, : layout.num_tokens]
     if key_mask is None:
-        return _softmax(query, key, value, None, scale)
-    mask = _additive(key_mask[:, None, None, : layout.num_tokens], value.dtype)
-    return _softmax_or_zeros(query, key, value, mask, scale)
+        return _token_major(F.scaled_dot_product_attention, query, key, value, scale=scale)
+    mask = key_mask[:, None, None, : layout.num_tokens]
+    return _token_major(masked_attention_or_zeros, query, key, value, mask=mask, scale=scale)
 
 
 def _attend(
@@ -80,30 +80,15 @@ def _attend(
     size, mask, shape = len(query) * batch.num_tiles, batch.mask[None, None], query.shape
     query, key, value = (states.reshape(size, -1, *states.shape[2:]) for states in (query, key, value))
     if key_mask is None:
-        return _softmax(query, key, value, mask, scale).reshape(shape)
+        return _token_major(masked_attention, query, key, value, mask=mask, scale=scale).reshape(shape)
     valid = key_mask.index_select(1, batch.key_index).view(size, 1, 1, -1)
-    mask = mask + _additive(valid, mask.dtype)
-    return _softmax_or_zeros(query, key, value, mask, scale).reshape(shape)
+    mask = mask.masked_fill(~valid, float("-inf"))
+    return _token_major(masked_attention_or_zeros, query, key, value, mask=mask, scale=scale).reshape(shape)
 
 
-def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """SDPA on token-major tensors under an additive mask: [batch, tokens, heads, head_dim]."""
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if mask is None:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
-    return masked_attention(query, key, value, mask, scale=scale).transpose(1, 2)
-
-
-def _softmax_or_zeros(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """`_softmax`, and zeros for queries that see no key; mask [batch, 1, 1 or queries, keys]."""
-    blind = (mask == float("-inf")).all(dim=-1, keepdim=True)
-    # They are shown all keys, as fused kernels may return NaN for them, or for their gradients.
-    output = _softmax(query, key, value, mask.masked_fill(blind, 0.0), scale)
-    return output.masked_fill(blind.transpose(1, 2), 0.0)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+def _token_major(attend: Callable[..., Tensor], *states: Tensor, **options: Any) -> Tensor:
+    """Attention of token-major tensors, [batch, tokens, heads, head_dim]."""
+    return attend(*(tokens.transpose(1, 2) for tokens in states), **options).transpose(1, 2)
 
 
 def _gather(states: Tensor, indices: list[Tensor]) -> Iterator[Tensor]:

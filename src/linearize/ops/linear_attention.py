@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.layout import Layout
-from linearize.ops.dense_attention import masked_attention
+from linearize.ops.dense_attention import masked_attention_or_zeros
 from linearize.ops.feature_maps import Features
 from linearize.ops.precision import widen
 from linearize.ops.products import for_products, in_chunks, wide_matmul, with_ones
@@ -268,11 +268,7 @@ def _softmax(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: 
     if key_mask is None:
         grouped = key.shape[1] != query.shape[1]
         return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
-    # Without a valid key all are taken and the result is dropped: fused kernels may return NaN for such rows.
-    blind = ~key_mask.any(dim=-1)
-    mask = (key_mask | blind[:, None])[:, None, None]
-    output = masked_attention(query, key, value, mask, scale=scale)
-    return output.masked_fill(blind[:, None, None, None], 0.0)
+    return masked_attention_or_zeros(query, key, value, key_mask[:, None, None], scale=scale)
 
 
 def mask_keys(features: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -25,8 +25,17 @@ def naive_attention(
     num_pooled: int = 0,
 ) -> Tensor:
     """The definition, on dense weights; arguments as `halo_attention`."""
-    mask = sight_with_text(layout, region, num_pooled, query.device)
+    mask = _sight_with_text(layout, region, num_pooled, query.device)
     return dense_attention(query, key, value, scale=scale, mask=mask, key_mask=key_mask)
+
+
+def naive_with_mass(
+    query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, region: Region, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, and log sum_j exp(s_ij), [batch, heads, tokens, 1]."""
+    hidden = ~_sight_with_text(layout, region, 0, query.device)
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
+    return scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1, keepdim=True)
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, **_: object) -> Tensor:
@@ -45,7 +54,7 @@ def dense_sight(layout: Layout, region: Region) -> Tensor:
 
 
 @constant_table
-def sight_with_text(layout: Layout, region: Region, num_pooled: int, device: torch.device) -> Tensor:
+def _sight_with_text(layout: Layout, region: Region, num_pooled: int, device: torch.device) -> Tensor:
     """Who sees whom with text and pooled keys, [tokens, tokens + num_pooled] bool."""
     is_text = torch.zeros(layout.num_tokens, dtype=torch.bool)
     is_text[layout.text_slice] = True

@@ -1,4 +1,4 @@
-"""How far results are from those of a definition, before a kernel is used or its speed told."""
+"""How far results are from those of a definition, before a kernel is used or its speed told, and on which grid."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from linearize.layout import TILE, Grid
+
+# Of whole tiles, some with others on all sides: the lists of the Hopper kernel have every kind of step there.
+WHOLE_GRID = Grid(3 * TILE[0], 5 * TILE[1])
 
 
 def largest_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
