@@ -121,6 +121,10 @@ def test_the_runs_become_a_table_with_its_sources(swept: tuple[Path, str], speed
     summary["student"]["velocity_error"] /= 2
     summary["plan"][0]["arguments"]["feature_map"] = "relu"
     (better / "summary.json").write_text(json.dumps(summary))
+    # As of older code, which had fewer arguments.
+    summary = json.loads((folder / "linear" / "summary.json").read_text())
+    del summary["plan"][0]["arguments"]["feature_map"]
+    (folder / "linear" / "summary.json").write_text(json.dumps(summary))
     done = python("scripts/report.py", str(tmp_path), "--compare", str(folder), "--speed", str(speed), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     comparison = json.loads((tmp_path / "sweep.json").read_text())

@@ -56,7 +56,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *,
     key, value = match_heads(key, query), match_heads(value, query)
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    # Not by cuDNN, PyTorch's choice on Hopper GPUs: it gives wrong numbers under some masks (pytorch#191612, #196678).
+    # Not by cuDNN, PyTorch's choice on Hopper GPUs: with it halo's gradients in bf16 are off by 0.4 (torch 2.11); see
+    # pytorch#191612 and #196678 for other masks.
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
