@@ -5,16 +5,18 @@ One kernel walks the chunks of each segment and finds what it adds to the states
 these states from segment to segment; then every segment is walked again, first forward, then backward, with the state
 [features x channels] in registers: no state of a chunk is ever written.
 
-Features are FB, and FT behind them (0 or 16); a block of channels is BV. Exponents are
-differences of the gates' sums within a chunk, to base 2, of what is later less what is earlier on the way: none is
-positive. Strides of query and key are in FEATURE_UNITs, those of value and output in CHANNEL_UNITs, by which the
-compiler knows that it may read whole words.
+Features are FB, and FT behind them (0 or 16); a block of channels is BV. Exponents are differences of the gates' sums
+within a chunk, to base 2, of what is later less what is earlier on the way: none is positive. Strides of query and key
+are in FEATURE_UNITs, those of value and output in CHANNEL_UNITs, by which the compiler knows that it may read whole
+words.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from linearize.ops.triton_scan_blocks import load_state, load_tile, store_states, store_tile
 
 # Numbers for whose values no kernel is compiled anew.
 _COUNTS = ["num_heads", "num_tokens", "num_chunks", "chunks_of_segment"]
@@ -63,53 +65,6 @@ def _sum_gates(gates, sums, token, step, num_tokens, num_places, FLOOR: tl.const
     tl.store(sums + token, tl.cumsum(tl.maximum(found, FLOOR) * scale, 1), mask=token < num_places)
 
 
-@triton.jit
-def _tile(pointer, start, step, place, channel, num_tokens, WIDTH: tl.constexpr):
-    """The numbers of C tokens from `start` on, zeros where there is no token or channel."""
-    at = (place * step)[:, None] + channel[None, :]
-    mask = (start + place < num_tokens)[:, None] & (channel < WIDTH)[None, :]
-    return tl.load(pointer + start.to(tl.int64) * step + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _put(pointer, start, step, place, channel, num_tokens, numbers, WIDTH: tl.constexpr):
-    """Writes what `_tile` reads."""
-    at = (place * step)[:, None] + channel[None, :]
-    mask = (start + place < num_tokens)[:, None] & (channel < WIDTH)[None, :]
-    tl.store(pointer + start.to(tl.int64) * step + at, numbers.to(pointer.dtype.element_ty), mask=mask)
-
-
-# Programs that walk chunks are for blocks of channels, lanes and segments, in this order: at a time, those of all heads
-# read the same tokens, which often lie side by side.
-
-
-@triton.jit
-def _state_at(direction, features, channels, F: tl.constexpr, V: tl.constexpr):
-    """Where numbers of a program's state lie, [2, segments, lanes, features, channels], and which of them there are."""
-    number = (direction * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + tl.program_id(1)
-    at = number.to(tl.int64) * (F * V) + (features[:, None] * V + channels[None, :])
-    return at, (features < F)[:, None] & (channels < V)[None, :]
-
-
-@triton.jit
-def _load_state(states, direction, features, channels, F: tl.constexpr, V: tl.constexpr, CARRIED: tl.constexpr):
-    """The state that a segment starts from."""
-    if CARRIED:
-        at, mask = _state_at(direction, features, channels, F, V)
-        state = tl.load(states + at, mask=mask, other=0.0)
-    else:
-        state = tl.zeros((features.shape[0], channels.shape[0]), tl.float32)
-    return state
-
-
-@triton.jit
-def _store_states(states, features, channels, ahead_state, behind_state, F: tl.constexpr, V: tl.constexpr):
-    at, mask = _state_at(0, features, channels, F, V)
-    tl.store(states + at, ahead_state, mask=mask)
-    at, mask = _state_at(1, features, channels, F, V)
-    tl.store(states + at, behind_state, mask=mask)
-
-
 @triton.jit(do_not_specialize=_COUNTS)
 def totals_kernel(
     key,
@@ -154,8 +109,8 @@ def totals_kernel(
     ahead_kept, behind_kept = 0.0, 0.0
     for chunk in range(first, tl.minimum(first + chunks_of_segment, num_chunks)):
         start = chunk * C
-        k = _tile(key, start, key_token, place, features, num_tokens, F)
-        v = _tile(value, start, value_token, place, channels, num_tokens, V)
+        k = load_tile(key, start, key_token, place, features, num_tokens, F)
+        v = load_tile(value, start, value_token, place, channels, num_tokens, V)
         end = tl.load(ahead_sums + start + C - 1)
         begin = tl.load(behind_sums + start)
         to_end = tl.exp2(end - tl.load(ahead_sums + start + place))
@@ -165,14 +120,14 @@ def totals_kernel(
         ahead_state = tl.dot(tl.trans(k), ahead_v, ahead_state * kept_now, input_precision="ieee")
         behind_state = tl.dot(tl.trans(k), behind_v, behind_state, input_precision="ieee")
         if FT:
-            low = _tile(key, start, key_token, place, last_features, num_tokens, F)
+            low = load_tile(key, start, key_token, place, last_features, num_tokens, F)
             ahead_low = tl.dot(tl.trans(low), ahead_v, ahead_low * kept_now, input_precision="ieee")
             behind_low = tl.dot(tl.trans(low), behind_v, behind_low, input_precision="ieee")
         ahead_kept += end
         behind_kept += begin
-    _store_states(states, features, channels, ahead_state, behind_state, F, V)
+    store_states(states, features, channels, ahead_state, behind_state, F, V)
     if FT:
-        _store_states(states, last_features, channels, ahead_low, behind_low, F, V)
+        store_states(states, last_features, channels, ahead_low, behind_low, F, V)
     # Every block of channels finds the same.
     tl.store(kept + segment * num_lanes + lane, ahead_kept)
     tl.store(kept + (tl.num_programs(2) + segment) * num_lanes + lane, behind_kept)
@@ -258,30 +213,30 @@ def walk_kernel(
     place, features = tl.arange(0, C), tl.arange(0, FB)
     channels = tl.program_id(0) * BV + tl.arange(0, BV)
     direction: tl.constexpr = 1 if BACK else 0
-    state = _load_state(states, direction, features, channels, F, V, CARRIED)
+    state = load_state(states, direction, features, channels, F, V, CARRIED)
     if FT:
         last_features = FB + tl.arange(0, FT)
-        low_state = _load_state(states, direction, last_features, channels, F, V, CARRIED)
+        low_state = load_state(states, direction, last_features, channels, F, V, CARRIED)
     first = segment * chunks_of_segment
     count = tl.minimum(chunks_of_segment, num_chunks - first)
     for step in range(count):
         start = (first + (count - 1 - step if BACK else step)) * C
-        q = _tile(query, start, query_token, place, features, num_tokens, F)
-        k = _tile(key, start, key_token, place, features, num_tokens, F)
-        v = _tile(value, start, value_token, place, channels, num_tokens, V)
+        q = load_tile(query, start, query_token, place, features, num_tokens, F)
+        k = load_tile(key, start, key_token, place, features, num_tokens, F)
+        v = load_tile(value, start, value_token, place, channels, num_tokens, V)
         if BACK:
             # Read early, as the products that it is added to take a while.
-            ahead_result = _tile(output, start, output_token, place, channels, num_tokens, V)
+            ahead_result = load_tile(output, start, output_token, place, channels, num_tokens, V)
             whole = tl.load(behind_sums + start)
             own = tl.load(behind_sums + start + place)
         else:
             whole = tl.load(ahead_sums + start + C - 1)
             own = tl.load(ahead_sums + start + place)
         if FT:
-            low_query = _tile(query, start, query_token, place, last_features, num_tokens, F)
-            low_key = _tile(key, start, key_token, place, last_features, num_tokens, F)
+            low_query = load_tile(query, start, query_token, place, last_features, num_tokens, F)
+            low_key = load_tile(key, start, key_token, place, last_features, num_tokens, F)
         if ROWS:
-            others = _tile(other, start, other_token, place, channels, num_tokens, V)
+            others = load_tile(other, start, other_token, place, channels, num_tokens, V)
         if not BACK:
             behind = tl.load(behind_sums + start + place)
             weights = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -308,7 +263,7 @@ def walk_kernel(
             result += ahead_result.to(tl.float32)
         else:
             result = tl.dot(weights, v, result, input_precision="ieee")
-        _put(output, start, output_token, place, channels, num_tokens, result, V)
+        store_tile(output, start, output_token, place, channels, num_tokens, result, V)
         kept, to_whole = tl.exp2(whole), tl.exp2(whole - own)
         v = (v * to_whole[:, None]).to(k.dtype)
         state = tl.dot(tl.trans(k), v, state * kept, input_precision="ieee")
