@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.benchmark.parity import PARITY
+from linearize.benchmark.parity import check_errors
 from linearize.benchmark.timing import measure
 from linearize.benchmark.training import TrainSettings, train_rows
-from linearize.errors import LinearizeError, check_names
+from linearize.errors import check_names
 from linearize.files import first_sentence
 from linearize.mixers import Mixer, MixerContext, mixer_defaults, mixer_names
+from linearize.ops.parity import largest_error
 from linearize.surgery import share_student, trained_parameters
 from linearize.teachers import Teacher
 
@@ -108,20 +109,9 @@ def mixer_rows(teacher: Teacher, names: Sequence[str], settings: MixerSettings) 
 
 
 def parity_error(call: LayerCall) -> float:
-    """|forward - reference| / |reference|, the reference in float64.
-
-    Raises:
-        LinearizeError: It is above what the dtype's rounding explains.
-    """
+    """|forward - reference| / |reference|, the reference in float64."""
     with torch.no_grad():
-        expected = call.reference()
-        error = ((call.forward().double() - expected).norm() / expected.norm()).item()
-    limit = PARITY[call.query.dtype]
-    if not error <= limit:
-        raise LinearizeError(
-            f"forward is off by {error:.2g} from the definition in {call.query.dtype} (at most {limit:.0e} is rounding)"
-        )
-    return error
+        return largest_error([call.forward()], [call.reference()])
 
 
 def layer_call(teacher: Teacher, student: nn.Module, height: int, width: int, num_text_tokens: int) -> LayerCall:
@@ -150,7 +140,8 @@ def _rows(teacher: Teacher, name: str, settings: MixerSettings) -> Iterator[dict
     for parameter in trained_parameters(student).values():
         parameter.data = parameter.data.to(teacher.pipeline.transformer.dtype)
     probes = (settings.probe, settings.whole_probe)
-    error = max(parity_error(layer_call(teacher, student, *probe, settings.max_sequence_length)) for probe in probes)
+    errors = (parity_error(layer_call(teacher, student, *probe, settings.max_sequence_length)) for probe in probes)
+    error = check_errors(errors, teacher.pipeline.transformer.dtype, f"mixer {name}", "leave it out of mixers.names")
     for size in settings.sizes:
         call = layer_call(teacher, student, size, size, settings.max_sequence_length)
         with torch.no_grad():
