@@ -1,11 +1,12 @@
 """Students as pipeline folders: written whole by `export_student`, read back by `load_pipeline`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from linearize.backbones import Backbone, all_backbones
@@ -14,6 +15,7 @@ from linearize.errors import LinearizeError
 from linearize.files import (
     atomic_folder,
     first_sentence,
+    read_header,
     read_json_object,
     require_disk_space,
     write_json,
@@ -23,6 +25,8 @@ from linearize.mixers import mixer_class
 from linearize.model_card import model_card
 from linearize.pipeline_folder import absent_components, check_pipeline_files
 
+# Names of dtypes in safetensors files.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FORMS = ("local", "standalone")
 LIBRARIES = ("diffusers", "transformers", "linearize")
 # What a damaged folder makes diffusers, transformers and safetensors raise.
@@ -67,7 +71,10 @@ def export_student(
         type(pipeline)(**components).save_pretrained(temporary, max_shard_size=max_shard_size)
         if form == "standalone":
             _write_stub(temporary / "transformer", type(student).__name__)
-        write_text(temporary / "README.md", model_card(student, type(pipeline).__name__, form=form, summary=summary))
+        write_text(
+            temporary / "README.md",
+            model_card(components["transformer"], type(pipeline).__name__, form=form, summary=summary),
+        )
     return folder
 
 
@@ -76,8 +83,10 @@ def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None,
 
     Args:
         folder: What `export_student`, or `save_pretrained` of a linearized pipeline, wrote.
-        torch_dtype: The dtype of all parts; None leaves it to diffusers, which means float32.
-        **arguments: For `from_pretrained` of the pipeline, such as `text_encoder_2=None`.
+        torch_dtype: The dtype of all parts; None is the one that the transformer is stored in. Left to the libraries,
+            diffusers would take float32 for its parts and transformers the stored one, which do not run together.
+        **arguments: For `from_pretrained` of the pipeline, such as `text_encoder_2=None`; `dtype` is diffusers' newer
+            name of `torch_dtype`.
 
     Raises:
         LinearizeError: the folder is missing, damaged or holds no student, or asks for a mixer that does not exist.
@@ -85,9 +94,10 @@ def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None,
     folder = Path(folder).expanduser()
     backbone, index = check_student(folder)
     absent = dict.fromkeys(absent_components(index))
-    student = _load_student(folder / "transformer", backbone, dtype=torch_dtype)
+    dtype = arguments.pop("dtype", torch_dtype) or _stored_dtype(folder / "transformer")
+    student = _load_student(folder / "transformer", backbone, dtype=dtype, variant=arguments.get("variant"))
     pipeline_class: Any = backbone.pipeline_class
-    arguments = {**absent, "dtype": torch_dtype, "use_safetensors": True, "local_files_only": True, **arguments}
+    arguments = {**absent, "dtype": dtype, "use_safetensors": True, "local_files_only": True, **arguments}
     try:
         return pipeline_class.from_pretrained(folder, transformer=student, **arguments)
     except LOADING_ERRORS as error:
@@ -109,7 +119,16 @@ def check_student(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     return _backbone_of(folder, index), index
 
 
-def _load_student(folder: Path, backbone: Backbone, *, dtype: torch.dtype | None = None) -> nn.Module:
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most tensors of a transformer as it is stored."""
+    counts: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            counts.update(tensors.get_slice(name).get_dtype() for name in read_header(file))
+    return DTYPES.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
+
+
+def _load_student(folder: Path, backbone: Backbone, *, dtype: torch.dtype, variant: str | None = None) -> nn.Module:
     """Loads the transformer of a student strictly: every tensor is there, none is left over, all shapes fit.
 
     Raises:
@@ -118,7 +137,12 @@ def _load_student(folder: Path, backbone: Backbone, *, dtype: torch.dtype | None
     try:
         student_class: Any = backbone.student_class
         student, report = student_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except LinearizeError:
         raise

@@ -9,7 +9,7 @@ def model_card(student: nn.Module, pipeline_class: str, *, form: str, summary: d
     """The model card in Markdown with the metadata block that a model hub reads.
 
     Args:
-        student: The student transformer; its plan says which mixers it has.
+        student: The student transformer as it is stored; its plan says which mixers it has.
         pipeline_class: Name of the diffusers pipeline.
         form: "local" or "standalone", for the lines that load it.
         summary: The content of a run's `summary.json`.
@@ -20,7 +20,7 @@ def model_card(student: nn.Module, pipeline_class: str, *, form: str, summary: d
         f"A `{pipeline_class}` whose `{type(student).__name__}` has mixers of linear cost where its teacher had "
         "softmax attention.",
         "## Load",
-        f"```python\n{_loading_lines(form)}\n```",
+        f"```python\n{_loading_lines(student, form)}\n```",
         "## Mixers",
         "\n".join(_plan_lines(student)),
     ]
@@ -29,12 +29,15 @@ def model_card(student: nn.Module, pipeline_class: str, *, form: str, summary: d
     return "\n\n".join(sections) + "\n"
 
 
-def _loading_lines(form: str) -> str:
+def _loading_lines(student: Any, form: str) -> str:
     if form == "standalone":
         return (
             "# where the package linearize is installed\n"
+            "import torch\n"
             "from diffusers import DiffusionPipeline\n\n"
-            'pipeline = DiffusionPipeline.from_pretrained("<this folder>", trust_remote_code=True)'
+            "pipeline = DiffusionPipeline.from_pretrained(\n"
+            f'    "<this folder>", dtype={student.dtype}, trust_remote_code=True\n'
+            ")"
         )
     return 'from linearize import load_pipeline\n\npipeline = load_pipeline("<this folder>")'
 

@@ -163,3 +163,18 @@ def test_ip_adapter_is_refused_and_changes_nothing(student, picture):
     with pytest.raises(LinearizeError, match="IP-Adapter"):
         pipeline.load_ip_adapter(weights, weight_name="none", image_encoder_pretrained_model_name_or_path=None)
     assert num_mixers(pipeline) == NUM_SITES and draw(pipeline) == picture
+
+
+@pytest.mark.parametrize("asked", [{}, {"dtype": torch.float32}, {"variant": "bf16"}], ids=str)
+def test_all_parts_of_a_loaded_student_are_of_one_dtype(tiny_flux_folder, tmp_path, asked):
+    """As a run on a GPU stores it: the libraries' own defaults would mix float32 and bfloat16."""
+    pipeline = FluxPipeline.from_pretrained(tiny_flux_folder, dtype=torch.bfloat16)
+    linearize.linearize(pipeline, mixer="clear", window=2)
+    if "variant" in asked:
+        pipeline.save_pretrained(tmp_path, **asked)
+    else:
+        export_student(pipeline, tmp_path)
+    loaded = load_pipeline(tmp_path, **asked)
+    parts = (loaded.transformer, loaded.vae, loaded.text_encoder, loaded.text_encoder_2)
+    assert {part.dtype for part in parts} == {asked.get("dtype", torch.bfloat16)}
+    draw(loaded)
