@@ -18,6 +18,7 @@ from linearize.files import (
     read_header,
     read_json_object,
     require_disk_space,
+    require_replaceable,
     write_json,
     write_text,
 )
@@ -47,7 +48,7 @@ def export_student(
 
     Args:
         pipeline: A pipeline after `linearize`, or with a student as its transformer.
-        folder: Where to write; an older student there is replaced.
+        folder: Where to write: a folder of its own, as an older student there is replaced whole.
         form: "local" is loaded by `linearize.load_pipeline(folder)`, or by `DiffusionPipeline.from_pretrained(folder)`
             after `import linearize`. "standalone" is loaded by
             `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` with no import, and is the form for a
@@ -59,13 +60,15 @@ def export_student(
         The folder.
 
     Raises:
-        LinearizeError: the pipeline holds no student, the form is unknown, or the disk has no room.
+        LinearizeError: the pipeline holds no student, the form is unknown, the folder holds something else, or the disk
+            has no room.
     """
     if form not in FORMS:
         raise LinearizeError(f"form={form!r} is unknown: use {' or '.join(FORMS)}.")
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()
     student = student_of(pipeline)
     components = {**pipeline.components, "transformer": _storage_copy(student)}
+    require_replaceable(folder, "transformer/config.json", '"linearize_plan"')
     require_disk_space(folder, sum(_num_bytes(part) for part in components.values() if isinstance(part, nn.Module)))
     with atomic_folder(folder) as temporary:
         type(pipeline)(**components).save_pretrained(temporary, max_shard_size=max_shard_size)

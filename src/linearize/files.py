@@ -103,6 +103,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def require_replaceable(folder: Path, own_file: str, mark: str) -> None:
+    """Checks that a folder may be replaced whole: it is not there, is empty, or is an older one of its kind.
+
+    Args:
+        folder: The folder.
+        own_file: A file that an older one has.
+        mark: What stands in that file.
+
+    Raises:
+        LinearizeError: it is something else.
+    """
+    own = folder / own_file
+    is_older = own.is_file() and mark in own.read_text(encoding="utf-8", errors="replace")
+    if folder.exists() and not is_older and not (folder.is_dir() and not any(folder.iterdir())):
+        raise LinearizeError(
+            f"{folder} is there and no older export, and all of it would be replaced: choose a folder of its own."
+        )
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a whole file of bytes."""
     with atomic_file(path) as temporary:

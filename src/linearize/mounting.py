@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from linearize.backbones import Backbone, find_backbone
 from linearize.errors import LinearizeError
 from linearize.export import student_of
-from linearize.files import atomic_folder, read_json_object, require_disk_space, state_hash, write_json
+from linearize.files import (
+    atomic_folder,
+    read_json_object,
+    require_disk_space,
+    require_replaceable,
+    state_hash,
+    write_json,
+)
 from linearize.surgery import SurgeryReport, linearize, trained_parameters
 
 WEIGHTS_FILE = "mixer.safetensors"
@@ -28,16 +35,17 @@ def export_mixer(pipeline: DiffusionPipeline, folder: str | Path, *, base_model:
 
     Args:
         pipeline: A pipeline with a student.
-        folder: Where to write; an older export there is replaced.
+        folder: Where to write: a folder of its own, as an older export there is replaced whole.
         base_model: Hub id or name of the teacher, for the reader of the file.
 
     Returns:
         The folder, which `mount_mixer` reads.
 
     Raises:
-        LinearizeError: the pipeline holds no student, or the disk has no room.
+        LinearizeError: the pipeline holds no student, the folder holds something else, or the disk has no room.
     """
-    folder, student = Path(folder), student_of(pipeline)
+    folder, student = Path(folder).expanduser().resolve(), student_of(pipeline)
+    require_replaceable(folder, SPEC_FILE, '"frozen_hash"')
     tensors = {name: tensor.cpu().contiguous() for name, tensor in _own_tensors(student).items()}
     require_disk_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     spec = {

@@ -9,6 +9,7 @@ from export.conftest import draw, edit_json
 from linearize import load_pipeline
 from linearize.errors import LinearizeError
 from linearize.export import export_student
+from linearize.mounting import export_mixer
 
 
 def test_only_students_are_exported(tiny_pipeline, tmp_path):
@@ -25,6 +26,25 @@ def test_an_export_that_fails_leaves_the_old_one(student, picture, tmp_path):
         export_student(student, folder, max_shard_size="no size")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     assert draw(load_pipeline(folder)) == picture
+
+
+@pytest.mark.parametrize("export", [export_student, lambda *given: export_mixer(*given, base_model="tiny")])
+def test_nothing_but_an_older_export_is_replaced(student, tiny_flux_folder, tmp_path, monkeypatch, export):
+    models, link = tmp_path / "models", tmp_path / "link"
+    shutil.copytree(tiny_flux_folder, models)
+    (tmp_path / "file").write_text("mine")
+    for taken in (tmp_path, models, tmp_path / "file"):
+        with pytest.raises(LinearizeError, match="no older export"):
+            export(student, taken)
+    (tmp_path / "scratch").mkdir()
+    link.symlink_to(tmp_path / "scratch")
+    export(student, link)
+    export(student, link)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "models", "scratch"]
+    assert link.is_symlink() and any(link.iterdir())
+    monkeypatch.chdir(models)
+    with pytest.raises(LinearizeError, match="no older export"):
+        export(student, ".")
 
 
 def test_no_room_on_the_disk_is_said_before_anything_is_written(student, tmp_path, monkeypatch):
