@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from linearize.backbones import Backbone, all_backbones
+from linearize.backbones.plan import check_plan
 from linearize.backbones.saving import empty_student
 from linearize.errors import LinearizeError
 from linearize.files import (
@@ -22,7 +23,6 @@ from linearize.files import (
     write_json,
     write_text,
 )
-from linearize.mixers import mixer_class
 from linearize.model_card import model_card
 from linearize.pipeline_folder import absent_components, check_pipeline_files
 
@@ -215,11 +215,7 @@ def _backbone_of(folder: Path, index: dict[str, Any]) -> Backbone:
             f"{folder} holds no student but a {name}: load it with diffusers, or give a folder with a "
             f"{' or '.join(backbones)}."
         )
-    plan = config.get("linearize_plan")
-    if not isinstance(plan, list) or not all(isinstance(rule, dict) and "mixer" in rule for rule in plan):
-        raise LinearizeError(f"{folder} has no plan of mixers in transformer/config.json: export the student again.")
-    for rule in plan:
-        mixer_class(rule["mixer"])
+    check_plan(config.get("linearize_plan"), str(folder / "transformer" / "config.json"))
     expected = backbones[name].pipeline_class.__name__
     if index.get("_class_name") != expected:
         raise LinearizeError(

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linearize.backbones import Backbone, find_backbone
+from linearize.backbones.plan import check_plan
+from linearize.backbones.saving import empty_student
 from linearize.errors import LinearizeError
 from linearize.export import student_of
 from linearize.files import (
@@ -28,6 +30,7 @@ from linearize.surgery import SurgeryReport, linearize, trained_parameters
 WEIGHTS_FILE = "mixer.safetensors"
 SPEC_FILE = "mixer.json"
 FORMAT = 1
+_BASE = {"model", "architecture", "frozen_hash"}
 
 
 def export_mixer(pipeline: DiffusionPipeline, folder: str | Path, *, base_model: str) -> Path:
@@ -42,10 +45,12 @@ def export_mixer(pipeline: DiffusionPipeline, folder: str | Path, *, base_model:
         The folder, which `mount_mixer` reads.
 
     Raises:
-        LinearizeError: the pipeline holds no student, the folder holds something else, or the disk has no room.
+        LinearizeError: the pipeline holds no student, or one with adapters, the folder holds something else, or the
+            disk has no room.
     """
     folder, student = Path(folder).expanduser().resolve(), student_of(pipeline)
     require_replaceable(folder, SPEC_FILE, '"frozen_hash"')
+    empty_student(student)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in _own_tensors(student).items()}
     require_disk_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     spec = {
@@ -101,8 +106,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not folder.is_dir():
         raise LinearizeError(f"{folder} is no folder: give one that export_mixer wrote.")
     spec = read_json_object(folder / SPEC_FILE)
-    if spec.get("format") != FORMAT or not {"plan", "base"} <= spec.keys():
+    base = spec.get("base")
+    if spec.get("format") != FORMAT or not isinstance(base, dict) or not base.keys() >= _BASE:
         raise LinearizeError(f"{folder / SPEC_FILE} is no mixer export of format {FORMAT}: export the mixer again.")
+    check_plan(spec.get("plan"), str(folder / SPEC_FILE))
     try:
         return spec, load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:

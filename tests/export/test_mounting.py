@@ -10,7 +10,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from export.conftest import NUM_SITES, draw, edit_json, num_mixers
+from export.conftest import NUM_SITES, draw, edit_json, make_student, num_mixers
 from linearize.errors import LinearizeError
 from linearize.mounting import export_mixer, mount_mixer
 
@@ -88,3 +88,22 @@ def test_mixer_folders_that_do_not_fit(mixer_folder, tiny_pipeline, tmp_path):
     with pytest.raises(LinearizeError, match="no mixer export of format 1"):
         mount_mixer(tiny_pipeline, mixer_folder)
     assert num_mixers(tiny_pipeline) == 0
+
+
+def test_a_student_with_adapters_is_not_written_in_part(tiny_flux_folder, tmp_path):
+    from peft import LoraConfig
+
+    pipeline = make_student(tiny_flux_folder)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.raises(LinearizeError, match="unload or fuse adapters"):
+        export_mixer(pipeline, tmp_path / "mixer", base_model="tiny")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"base": [1]}, {"base": {}}, {"plan": "clear"}, {"plan": [{"mixer": "clear"}]}], ids=str
+)
+def test_a_damaged_spec_is_told(mixer_folder, tiny_pipeline, changes):
+    edit_json(mixer_folder / "mixer.json", **changes)
+    with pytest.raises(LinearizeError, match="export the"):
+        mount_mixer(tiny_pipeline, mixer_folder)

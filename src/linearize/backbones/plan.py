@@ -7,10 +7,23 @@ from typing import Any
 from torch import nn
 
 from linearize.errors import LinearizeError
-from linearize.mixers import AttentionShape, Mixer, build_mixer
+from linearize.mixers import AttentionShape, Mixer, build_mixer, mixer_class
 
 # One rule: {"layers": [site names], "mixer": name, "arguments": {...}}; JSON throughout.
 Plan = list[dict[str, Any]]
+
+
+def check_plan(plan: object, source: str) -> None:
+    """Checks that what was read from a file is a plan with mixers of ours alone.
+
+    Raises:
+        LinearizeError: It is not.
+    """
+    for rule in plan if isinstance(plan, list) else [plan]:
+        kinds = {"layers": list, "mixer": str, "arguments": dict}
+        if not isinstance(rule, dict) or not all(isinstance(rule.get(key), kind) for key, kind in kinds.items()):
+            raise LinearizeError(f"{source} has no plan of mixers: export the student again.")
+        mixer_class(rule["mixer"])
 
 
 def mixers_for_plan(plan: Plan, shapes: dict[str, AttentionShape]) -> dict[str, Mixer]:
