@@ -1,5 +1,6 @@
 """The benchmark of attention at tiny sizes: rows, the parity gate, files."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from linearize.benchmark.attention import LayerSizes, attention_rows, check_parity
 from linearize.benchmark.parity import PARITY
@@ -190,9 +192,16 @@ def test_a_run_leaves_json_page_and_plot(tmp_path):
     assert len(benchmark(cfg)["rows"]) == len(tiles) + 2
     page = (tmp_path / "layer.md").read_text()
     assert "| side | batch | pass |" in page and "| 12 | 2 | forward |" in page and "| 12 | 1 | forward |" in page
-    cfg.suite = "scans"
-    with pytest.raises(LinearizeError, match="extend=true finds another suite"):
-        benchmark(cfg)
+    for key, value, sentence in (
+        ("attention.head_dim", 32, "rows of head_dim=16"),
+        ("attention.num_text_tokens", 0, "rows of num_text_tokens=32"),
+        ("dtype", "bfloat16", "another dtype"),
+        ("suite", "scans", "another suite"),
+    ):
+        other = copy.deepcopy(cfg)
+        OmegaConf.update(other, key, value)
+        with pytest.raises(LinearizeError, match=f"extend=true finds {sentence}"):
+            benchmark(other)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,9 @@ _COUNTS = {
     **dict.fromkeys(("num_text_tokens", "warmup", "train_batch"), 0),
 }
 _LISTS = ("sides", "sizes", "windows", "probe", "whole_probe")
+# Settings by which runs that are one may differ: what is measured, which rows tell, and how often.
+_FREE = {"sides", "windows", "backends", "passes", "kernels", "names", "sizes", "mixers", "baselines", "recipes"}
+_FREE |= {"region", "window", "batch", "train_batch", "warmup", "repeats", "train_repeats", "profile"}
 # What is measured, of all fields of a row; the others tell how it went.
 _SUBJECT = ("kernel", "model", "mixer", "side", "size", "pass", "region", "window", "batch")
 
@@ -96,6 +99,8 @@ def benchmark(cfg: DictConfig) -> dict[str, Any]:
         "commit": cfg.commit or commit(),
         "command": command(),
         "settings": plain(cfg[settings]),
+        "dtype": cfg.dtype,
+        "teacher": _teacher_of(cfg.teacher),
     }
     if cfg.extend:
         _extend(result, out.with_suffix(".json"))
@@ -125,6 +130,12 @@ def _check_counts(place: str, settings: DictConfig) -> None:
                 check_count(f"{place}.{name}", number)
 
 
+def _teacher_of(teacher: DictConfig) -> dict[str, Any]:
+    """What is known of a teacher before it is loaded; a suite of single layers has none."""
+    name = Path(teacher.path).name if teacher.path else teacher.hub_id or (teacher.random or {}).get("name")
+    return {"name": name, "dtype": teacher.dtype}
+
+
 def _subject(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in _SUBJECT)
 
@@ -140,16 +151,23 @@ def _extend(result: dict[str, Any], path: Path) -> None:
     """Puts the rows and the command of an earlier run of the same code on the same machine before this one's.
 
     Raises:
-        LinearizeError: There is no such file, or it is of other code or another machine.
+        LinearizeError: There is no such file, or it is of other code, another machine or other settings.
     """
     if not path.is_file():
         raise LinearizeError(f"extend=true finds no {path}: leave extend out for the first run.")
     earlier = read_json_object(path)
-    for name in ("suite", "machine", "commit", "versions"):
+    for name in ("suite", "machine", "commit", "versions", "dtype", "teacher"):
         if earlier.get(name) != result[name]:
             raise LinearizeError(
                 f"extend=true finds another {name} in {path} ({earlier.get(name)}) than this run's ({result[name]}): "
                 "measure all of it again, or set another out."
+            )
+    for name in sorted(result["settings"].keys() - _FREE):
+        ours, theirs = result["settings"][name], earlier["settings"].get(name)
+        if ours != theirs:
+            raise LinearizeError(
+                f"extend=true finds rows of {name}={theirs} in {path}, which rows of {name}={ours} do not compare "
+                "with: set it as it was, or another out."
             )
     result["rows"] = earlier["rows"]
     result["command"] = f"{earlier['command']}; {result['command']}"
