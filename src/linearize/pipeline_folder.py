@@ -32,6 +32,8 @@ def check_pipeline_files(folder: Path, libraries: Sequence[str], *, next_step: s
     for component, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None:
             _check_component(folder / component, entry[1])
+    for file in sorted(folder.rglob("*.safetensors.index.json")):
+        _check_parts(file)
     for file in sorted(folder.rglob("*.safetensors")):
         read_header(file)
     return index
@@ -45,6 +47,17 @@ def _check_component(folder: Path, class_name: str) -> None:
         raise LinearizeError(
             f"{folder} is incomplete (it has none of {', '.join(_VOCABULARIES)}): copy or download the pipeline again."
         )
+
+
+def _check_parts(index: Path) -> None:
+    """Checks that the parts of weights are safetensors files beside their index: libraries would unpickle others."""
+    parts = read_json_object(index).get("weight_map")
+    names = set(map(str, parts.values())) if isinstance(parts, dict) else {str(parts)}
+    for name in sorted(names):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (index.parent / name).is_file():
+            raise LinearizeError(
+                f"{index} names {name}, which is no safetensors file beside it: copy or download the pipeline again."
+            )
 
 
 def check_libraries(index: Mapping[str, Any], source: str, libraries: Sequence[str]) -> None:

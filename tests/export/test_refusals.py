@@ -1,5 +1,6 @@
 """What is no student is neither written nor read, and nothing is lost or left in part."""
 
+import json
 import shutil
 import sys
 
@@ -95,4 +96,17 @@ def test_truncated_weights(copied, component):
         load_pipeline(copied)
     file.unlink()
     with pytest.raises(LinearizeError, match="damaged or incomplete"):
+        load_pipeline(copied)
+
+
+@pytest.mark.parametrize("part", ["weights.bin", "../../weights.safetensors", "absent.safetensors"])
+@pytest.mark.parametrize("component", ["transformer/diffusion_pytorch_model", "text_encoder/model"])
+def test_parts_of_weights_are_safetensors_beside_their_index(copied, component, part):
+    """Diffusers and transformers unpickle a part that is named otherwise."""
+    file = copied / f"{component}.safetensors"
+    file.rename(copied.parent / "weights.safetensors")
+    (file.parent / "weights.bin").write_bytes(b"a pickle")
+    index = {"metadata": {}, "weight_map": {"weight": part}}
+    (copied / f"{component}.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LinearizeError, match="no safetensors file beside it"):
         load_pipeline(copied)
