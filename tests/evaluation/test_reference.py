@@ -57,3 +57,10 @@ def test_a_corrupt_reference_is_told(protocol, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(LinearizeError, match=r"truncated or corrupt.*delete it"):
         teacher_reference(protocol, tmp_path)
+
+
+def test_a_model_that_diverged_is_told(protocol):
+    student = copy.deepcopy(protocol.teacher.pipeline.transformer)
+    student.proj_out.bias.data.fill_(torch.nan)
+    with pytest.raises(LinearizeError, match="not finite numbers"):
+        protocol.sample(student)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from rich.progress import track
 from torch import Tensor, nn
 
+from linearize.errors import LinearizeError
 from linearize.evaluation.metrics import relative_velocity_error
 from linearize.evaluation.settings import EvaluationSettings
 
@@ -71,7 +72,11 @@ class PairedProtocol:
         return [first + index for index in range(len(self.prompts))]
 
     def sample(self, transformer: nn.Module, *, second: bool = False) -> Tensor:
-        """Latents [prompts, channels, height, width] that a model samples for the prompts, on the CPU."""
+        """Latents [prompts, channels, height, width] that a model samples for the prompts, on the CPU.
+
+        Raises:
+            LinearizeError: they are not finite, so that no number of them means anything.
+        """
         settings, seeds, latents = self.settings, self.seeds(second=second), []
         pipeline = with_transformer(self.teacher.pipeline, transformer)
         with inference(transformer):
@@ -85,6 +90,11 @@ class PairedProtocol:
                     num_inference_steps=settings.num_inference_steps,
                     guidance_scale=settings.guidance_scale,
                 )
+                if not torch.isfinite(sampled).all():
+                    raise LinearizeError(
+                        f"{type(transformer).__name__} paints pictures that are not finite numbers: if its training "
+                        "diverged, train again with a lower optimizer.lr, else try teacher.dtype=float32."
+                    )
                 latents.append(sampled.cpu())
         return torch.cat(latents)
 
