@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from linearize.backbones import Backbone, all_backbones
+from linearize.backbones import Backbone, all_backbones, find_backbone
 from linearize.backbones.plan import check_plan
 from linearize.backbones.saving import empty_student
 from linearize.errors import LinearizeError
@@ -60,13 +60,19 @@ def export_student(
         The folder.
 
     Raises:
-        LinearizeError: the pipeline holds no student, the form is unknown, the folder holds something else, or the disk
-            has no room.
+        LinearizeError: the pipeline holds no student or is of another class, the form is unknown, the folder holds
+            something else, or the disk has no room.
     """
     if form not in FORMS:
         raise LinearizeError(f"form={form!r} is unknown: use {' or '.join(FORMS)}.")
     folder = Path(folder).expanduser().resolve()
     student = student_of(pipeline)
+    expected = find_backbone(student).pipeline_class
+    if form == "local" and type(pipeline) is not expected:
+        raise LinearizeError(
+            f"load_pipeline opens a {expected.__name__}, not a {type(pipeline).__name__}: export "
+            f'{expected.__name__}(**pipeline.components), or take form="standalone".'
+        )
     components = {**pipeline.components, "transformer": _storage_copy(student)}
     require_replaceable(folder, "transformer/config.json", '"linearize_plan"')
     require_disk_space(folder, sum(_num_bytes(part) for part in components.values() if isinstance(part, nn.Module)))

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from diffusers import FluxImg2ImgPipeline
 
 from export.conftest import draw, edit_json
 from linearize import load_pipeline
@@ -13,11 +14,13 @@ from linearize.export import export_student
 from linearize.mounting import export_mixer
 
 
-def test_only_students_are_exported(tiny_pipeline, tmp_path):
+def test_only_students_are_exported(tiny_pipeline, student, tmp_path):
     with pytest.raises(LinearizeError, match="FluxTransformer2DModel, which is no student"):
         export_student(tiny_pipeline, tmp_path / "student")
     with pytest.raises(LinearizeError, match="use local or standalone"):
         export_student(tiny_pipeline, tmp_path / "student", form="zip")
+    with pytest.raises(LinearizeError, match="opens a FluxPipeline, not a FluxImg2ImgPipeline"):
+        export_student(FluxImg2ImgPipeline(**student.components), tmp_path / "student")
     assert not list(tmp_path.iterdir())
 
 
