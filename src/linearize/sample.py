@@ -27,6 +27,8 @@ def sample(cfg: DictConfig) -> list[Path]:
     """
     for name in ("height", "width", "num_inference_steps", "max_sequence_length"):
         check_count(name, cfg[name])
+    if cfg.num_prompts is not None:
+        check_count("num_prompts", cfg.num_prompts)
     prompts = _prompts(cfg)
     out = Path(cfg.out)
     if out.suffix.lower() != ".png":
@@ -52,7 +54,7 @@ def sample(cfg: DictConfig) -> list[Path]:
 
 def _prompts(cfg: DictConfig) -> list[str]:
     if cfg.prompt is not None:
-        return [cfg.prompt]
+        return [str(cfg.prompt)]
     if cfg.prompts.source != "scenes" and cfg.prompts.path is None:
         raise LinearizeError('No prompt is given: set prompt="a text", or prompts.path=<file with one prompt a line>.')
     source = build_prompts(cfg.prompts, cfg.root)

@@ -49,12 +49,17 @@ def test_a_file_of_prompts_gives_numbered_pictures_of_the_teacher(configured, ti
     assert first.shape == (32, 48, 3) and not np.array_equal(first, second)
 
 
+def test_a_prompt_may_be_a_number(configured, tiny_flux_folder, tmp_path):
+    assert sample(configured(f"teacher.path={tiny_flux_folder}", "prompt=3", f"out={tmp_path / 'three.png'}"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ([], "No prompt is given"),
         (["prompts.path=missing.txt"], r"missing\.txt cannot be read"),
         (["prompt=a", "num_inference_steps=0"], "num_inference_steps=0; choose a whole number, 1 or more"),
+        (["prompt=a", "num_prompts=-1"], "num_prompts=-1; choose a whole number, 1 or more"),
         (["prompt=a", "height=0"], "height=0; choose a whole number, 1 or more"),
         (["prompt=a", "width=9"], "width=9 is no whole number of this teacher's tokens: choose 8 or 16 pixels"),
         (["prompt=a", "out=picture.jpg"], "out=picture.jpg is no name of a PNG file"),
