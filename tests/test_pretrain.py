@@ -194,6 +194,7 @@ def test_two_processes_end_with_the_same_weights(made: tuple[Path, dict[str, Any
     ("overrides", "words"),
     [
         (["stages=[autoencoder,teecher]"], "'teecher': choose from autoencoder, judge, teacher, "),
+        (["stages=[autoencoder]", f"teacher_folder={TEACHER.parent}"], "holds something else, which would be replaced"),
         (["stages=[judge]"], r"holds no pipeline: run stages=\[autoencoder\] first, or set start_from"),
         (["stages=[time]", "start_from=missing"], "start_from=missing is no pipeline folder"),
         (["stages=[autoencoder]", "autoencoder.max_steps=null"], "max_steps=None with max_minutes=None is no budget"),

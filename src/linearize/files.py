@@ -116,10 +116,9 @@ def require_replaceable(folder: Path, own_file: str, mark: str) -> None:
     """
     own = folder / own_file
     is_older = own.is_file() and mark in own.read_text(encoding="utf-8", errors="replace")
-    if folder.exists() and not is_older and not (folder.is_dir() and not any(folder.iterdir())):
-        raise LinearizeError(
-            f"{folder} is there and no older export, and all of it would be replaced: choose a folder of its own."
-        )
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_older and not is_empty:
+        raise LinearizeError(f"{folder} holds something else, which would be replaced: choose a folder of its own.")
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ from linearize.distillation.callbacks import Checkpointing
 from linearize.distillation.checkpoint import SafetensorsCheckpointIO
 from linearize.errors import LinearizeError, check_names
 from linearize.evaluation.environment import machine, versions
-from linearize.files import atomic_folder, read_json, write_json
+from linearize.files import atomic_folder, read_json, require_replaceable, write_json
 from linearize.measure import measure_accuracy, measure_forward
 from linearize.scenes.autoencoder_stage import AutoencoderStage, quiet_posterior
 from linearize.scenes.grammar import words
@@ -42,7 +42,8 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     writes them back whole when it ends. A stage that already ended in ``cfg.output_folder`` is not run again.
 
     Raises:
-        LinearizeError: a stage is unknown, has no budget, or lacks what an earlier stage makes.
+        LinearizeError: a stage is unknown, has no budget, or lacks what an earlier stage makes, or the teacher's folder
+            holds something else.
         KeyboardInterrupt: the user stopped a stage; its checkpoint holds everything.
     """
     run: dict[str, Callable[[DictConfig], Any]] = {
@@ -54,6 +55,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     }
     names = [cfg.stages] if isinstance(cfg.stages, str) else list(cfg.stages)
     check_names("stages", names, run)
+    require_replaceable(Path(cfg.teacher_folder), "model_index.json", "FluxPipeline")
     _quieten()
     lightning.seed_everything(cfg.seed, verbose=False)
     if torch.cuda.is_available():

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest

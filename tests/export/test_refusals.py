@@ -38,7 +38,7 @@ def test_nothing_but_an_older_export_is_replaced(student, tiny_flux_folder, tmp_
     shutil.copytree(tiny_flux_folder, models)
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, models, tmp_path / "file"):
-        with pytest.raises(LinearizeError, match="no older export"):
+        with pytest.raises(LinearizeError, match="holds something else"):
             export(student, taken)
     (tmp_path / "scratch").mkdir()
     link.symlink_to(tmp_path / "scratch")
@@ -47,7 +47,7 @@ def test_nothing_but_an_older_export_is_replaced(student, tiny_flux_folder, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "models", "scratch"]
     assert link.is_symlink() and any(link.iterdir())
     monkeypatch.chdir(models)
-    with pytest.raises(LinearizeError, match="no older export"):
+    with pytest.raises(LinearizeError, match="holds something else"):
         export(student, ".")
 
 
