@@ -47,6 +47,17 @@ def test_other_prompts_settings_or_weights_have_another_name(protocol):
     assert len(names) == 5
 
 
+def test_another_scheduler_or_dtype_has_another_name(protocol):
+    """They paint other pictures with the same weights."""
+    names = {reference_name(protocol)}
+    for change in (lambda pipe: pipe.scheduler.register_to_config(shift=9.0), lambda pipe: pipe.to(torch.bfloat16)):
+        pipeline = copy.deepcopy(protocol.teacher.pipeline)
+        change(pipeline)
+        teacher = dataclasses.replace(protocol.teacher, pipeline=pipeline)
+        names.add(reference_name(dataclasses.replace(protocol, teacher=teacher)))
+    assert len(names) == 3
+
+
 def test_nothing_is_written_unless_asked(protocol, tmp_path):
     teacher_reference(protocol, tmp_path)
     assert list(tmp_path.iterdir()) == []

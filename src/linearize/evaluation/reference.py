@@ -31,8 +31,11 @@ class TeacherReference:
 
 
 def reference_name(protocol: PairedProtocol) -> str:
-    """File name that holds for one set of weights, prompts and sampler settings, and for no other."""
+    """File name that holds for one set of weights, dtype, scheduler, prompts and settings, and for no other."""
     settings = {name: value for name, value in dataclasses.asdict(protocol.settings).items() if name not in _IRRELEVANT}
+    pipeline = protocol.teacher.pipeline
+    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    settings |= {"dtype": str(pipeline.transformer.dtype), "scheduler": scheduler}
     key = json.dumps({"prompts": list(protocol.prompts), **settings}, sort_keys=True)
     return f"{protocol.teacher.weight_hash[:12]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
 
