@@ -50,6 +50,7 @@ def test_the_guides_mixer_does_what_it_says(row_mixer):
     output = mixer(query, key, value, flux_context(layout))
     output[:, :, 2 + 7].sum().backward()
     assert value.grad[0, 0, :, 0].ne(0).tolist() == [True] * 2 + [True] * 21 + [False] * 14
+    assert mixer.flops(layout) == 4 * 2 * 16 * (2 * (37 + 35) + (5 + 8) * 7 * 7)
     everything = build_mixer(row_mixer, SHAPE, {"reach": 4})
     assert everything.flops(layout) == build_mixer("softmax", SHAPE, {}).flops(layout)
 

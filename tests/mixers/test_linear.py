@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from contexts import SHAPE, flux_context, random_tokens
 from linearize.errors import LinearizeError
@@ -187,3 +188,13 @@ def test_operations_grow_linearly_with_the_picture():
 def test_what_it_cannot_do_is_told(knobs, sentence):
     with pytest.raises(LinearizeError, match=sentence):
         build_mixer("linear", SHAPE, knobs)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"num_heads": 2, "mlp": 8}, {"feature_map": "polar", "convolution": 3}])
+def test_declared_operations_are_those_that_run(knobs):
+    shape, layout = AttentionShape(4, 64, 256), Layout(64, (Grid(16, 24),))
+    mixer, context = LinearMixer(shape, text="state", **knobs), flux_context(layout, shape=shape, dtype=torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        mixer(*random_tokens(layout, batch=1, dtype=torch.float32, shape=shape), context)
+    # More are run on the zeros behind a value that align it.
+    assert 1 <= counter.get_total_flops() / mixer.flops(layout) < 1.25

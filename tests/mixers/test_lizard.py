@@ -1,5 +1,7 @@
 """What the lizard mixer's formula promises, beside the matrix."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -116,3 +118,14 @@ def test_operations_grow_linearly_with_the_picture():
 def test_what_it_cannot_do_is_told(knobs, sentence):
     with pytest.raises(LinearizeError, match=sentence):
         build_mixer("lizard", SHAPE, knobs)
+
+
+def test_the_published_window_is_not_rotated():
+    inputs, context = random_tokens(LAYOUT), flux_context(LAYOUT)
+    still = replace(context, rotate=lambda states: states)
+    found = {
+        variant: LizardMixer(SHAPE, window=3, branches="window", variant=variant).double()
+        for variant in ("paper", "dit")
+    }
+    torch.testing.assert_close(found["paper"](*inputs, context), found["dit"](*inputs, still))
+    assert (found["dit"](*inputs, context) - found["dit"](*inputs, still)).abs().max() > 0.01

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,15 @@ def test_bf16_stays_near_float64(name, knobs):
         expected = mixer.double()(*(states.double() for states in inputs), context)
     assert ours.dtype == torch.bfloat16
     assert (ours.double() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["gla", "lawcat", "liger", "lizard", "mhla", "nprf"])
+def test_published_linear_attention_is_not_rotated(name):
+    branches = {"branches": "linear"} if "branches" in mixer_defaults(name) else {}
+    mixer, layout = randomized(name, {"variant": "paper", "text": "state", **branches}), Layout(3, (Grid(7, 9),))
+    inputs, context = random_tokens(layout), flux_context(layout)
+    still = replace(context, rotate=lambda states: states)
+    torch.testing.assert_close(mixer(*inputs, context), mixer(*inputs, still))
 
 
 @pytest.mark.parametrize("name", mixer_names())

@@ -44,6 +44,27 @@ def test_all_keys_are_the_teacher(variant, layout):
     torch.testing.assert_close(mixer(*inputs, context), expected, rtol=1e-12, atol=1e-13)
 
 
+def test_all_keys_leave_the_published_linear_part_without_a_gradient():
+    mixer = build_mixer("sla", SHAPE, {"key_ratio": 1.0, "block_size": 3, "variant": "paper"}).double()
+    torch.nn.init.normal_(mixer.projection.weight)
+    inputs = random_tokens(LAYOUT)
+    output = mixer(*inputs, flux_context(LAYOUT))
+    assert all(one.isfinite().all() for one in torch.autograd.grad(10 * output.sum(), inputs))
+
+
+def test_selected_blocks_are_those_of_the_largest_products_of_means():
+    query, key, _ = image_tokens()
+    key_mask = torch.rand(2, key.shape[2]) > 0.3
+    blocks = square_blocks(LAYOUT, 4, CPU)
+    selected = select_blocks(query, key, blocks, 3, key_mask)
+    for sample in range(2):
+        inside = [blocks.index == block for block in range(blocks.number)]
+        queries = torch.stack([query[sample][:, where].mean(dim=1) for where in inside], dim=1)
+        keys = torch.stack([key[sample][:, where & key_mask[sample]].mean(dim=1) for where in inside], dim=1)
+        best = (queries @ keys.transpose(-1, -2)).topk(3, dim=-1).indices.sort(dim=-1).values
+        assert torch.equal(selected[sample], best)
+
+
 def test_the_rest_is_the_total_less_what_is_selected():
     query, key, value = (states.exp() for states in image_tokens())
     blocks = square_blocks(LAYOUT, 3, CPU)

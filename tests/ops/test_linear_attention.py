@@ -114,6 +114,16 @@ def test_softmax_on_all_keys_and_nothing_linear_is_softmax(tokens):
     assert torch.autograd.grad(output.sum(), query)[0].isfinite().all()
 
 
+def test_linear_attention_on_nothing_has_gradients_of_zero(tokens):
+    query, key, value = leaves = [states.clone().requires_grad_() for states in tokens]
+    mask = torch.ones(2, LAYOUT.num_tokens, dtype=torch.bool)
+    mask[1] = False
+    output = join(None, linear_attention(features(query), features(key), value, key_mask=mask))
+    assert (output[1] == 0).all() and (output[0] != 0).any()
+    for gradient in torch.autograd.grad(10 * output.sum(), leaves):
+        assert gradient.isfinite().all() and (gradient[1] == 0).all()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_text_sees_everything_by_softmax(tokens, masked):
     query, key, value = tokens

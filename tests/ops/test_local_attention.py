@@ -173,7 +173,9 @@ def test_halo_visits_at_most_two_and_a_half_times_the_exact_pairs(grid, window):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"window": 0}, "radius in tokens"),
+        ({"window": 0}, "window=0; choose a whole number, 1 or more"),
+        ({"window": 8.0}, "window=8.0; choose a whole number, 1 or more"),
+        ({"pooled_key": torch.zeros(1, 1, 1, 8)}, "pooled_key and pooled_value belong together"),
         ({"backend": "fast"}, "auto, naive, dense, halo"),
         ({"region": "cross"}, "disc, tiles, neighborhood"),
         ({"num_text_tokens": 3}, "12 tokens are not 3 text tokens and a grid of 3x4"),

@@ -27,13 +27,14 @@ class GlaMixer(GatedMixer):
     the start, it is the linear mixer. Rows and columns are averaged (DiG takes turns among layers). Text is exact, or
     a state without gates; see `JointMixer`.
 
-    `variant=paper` is the published formula in both directions: phi is the identity, nothing is divided by a sum, each
-    head's output is RMS-normed and multiplied by silu(W_g x); text is a state. It starts far from the teacher.
+    `variant=paper` is the published formula in both directions: phi is the identity of query and key, which are not
+    rotated, nothing is divided by a sum, each head's output is RMS-normed and multiplied by silu(W_g x); text is a
+    state. It starts far from the teacher.
 
     Args:
         shape: Sizes of the layer.
         feature_map: elu, relu, focused, hedgehog, polar (its positive part) or exponential.
-        rope: before_map, after_map or none, see `LinearMixer`.
+        rope: before_map, after_map or none, see `LinearMixer`; with variant=paper it is none.
         gate: One in each "head" or each "channel" of the features.
         directions: "rows" or "rows_and_columns".
         text: "exact" or "state".
@@ -81,10 +82,8 @@ class GlaMixer(GatedMixer):
         """See `JointMixer.features`."""
         if self.has_normaliser:
             return map_pair(tokens, self.rope, self.query_map, self.key_map)
-        # The identity for a map may as well be rotated before it.
-        query, key = (tokens.query, tokens.key) if self.rope == "none" else tokens.rotated
-        zero = query.new_zeros(())
-        return FeaturePair(Features(query * tokens.context.scale, zero), Features(key, zero))
+        zero = tokens.query.new_zeros(())
+        return FeaturePair(Features(tokens.query * tokens.context.scale, zero), Features(tokens.key, zero))
 
     def log_gates(self, tokens: Tokens) -> list[tuple[Tensor, Tensor | None]]:
         """See `GatedMixer.log_gates`."""
@@ -100,10 +99,13 @@ class GlaMixer(GatedMixer):
         return F.rms_norm(output, output.shape[-1:], self.norm_weight.to(output.dtype), 1e-6) * gate
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
-        """Scans, gates, exact text or its state, and the output gate of variant=paper."""
+        """Scans, gates, maps, exact text or its state, and the output gate of variant=paper."""
         shape, images = self.shape, layout.num_image_tokens
         each = self.scan_flops(images, self.num_features) + self.text_flops(layout, self.num_features)
         total = shape.num_heads * each + self.gates.flops(images)
-        if not self.has_normaliser:
+        if self.has_normaliser:
+            maps = self.query_map.flops(layout.num_tokens) + self.key_map.flops(layout.num_tokens)
+            total += shape.num_heads * maps
+        else:
             total += 2 * layout.num_tokens * self.output_gate.weight.numel()
         return batch * total

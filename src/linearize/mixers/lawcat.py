@@ -175,7 +175,7 @@ class LawcatMixer(GatedMixer):
             return batch * shape.num_heads * (window + exact_text_flops(layout, shape.head_dim))
         features = self.map.num_features
         each = window + self.scan_flops(images, features) + self.text_flops(layout, features)
-        each += 2 * layout.num_tokens * shape.head_dim * features
+        each += 2 * self.map.flops(layout.num_tokens)
         total = shape.num_heads * each + self.gates.flops(images)
         if self.convolution > 1:
             total += 2 * depthwise_flops(layout, shape.num_heads * shape.head_dim, self.convolution)

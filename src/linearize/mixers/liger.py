@@ -29,16 +29,17 @@ class LigerMixer(ConvexMixer):
     half of a weight is left after 2700 tokens. With exact text n_i / z_i has text in its sum by softmax, weighed by one
     number in each head, the only parameter; with text="state" there is none.
 
-    `variant=paper` is the published formula in both directions: b = 0, and no z, whereupon the output grows with the
-    picture. It holds text as a state. (The published code pools a key of head_dim channels to head_dim channels, which
-    changes nothing.)
+    `variant=paper` is the published formula in both directions: b = 0, no rotation in the linear branch, and no z,
+    whereupon the output grows with the picture. It holds text as a state. (The published code pools a key of head_dim
+    channels to head_dim channels, which changes nothing.)
 
     Args:
         shape: Sizes of the layer.
         window: Radius of the disc in tokens.
         branches: "both"; or "linear", without the window; or "window", without linear attention (CLEAR's).
         share: The window's share, 0.5 as published.
-        rope: In the linear branch: before_map, after_map, or none, as published. The window is always rotated.
+        rope: In the linear branch: before_map, after_map, or none; with variant=paper it is none. The window is always
+            rotated.
         directions: "rows" or "rows_and_columns".
         text: "exact" or "state", in the linear branch; the window always sees text.
         variant: "dit" or "paper".
@@ -76,7 +77,8 @@ class LigerMixer(ConvexMixer):
             log_mean_product=feature_map.log_mean_product,
             is_joined=not is_paper and text == "exact" and branches != "window",
         )
-        self.window, self.branches, self.share, self.rope = window, branches, share, rope
+        self.window, self.branches, self.share = window, branches, share
+        self.rope = "none" if is_paper else rope
         self.directions, self.has_normaliser = DIRECTIONS[directions], not is_paper
         self.map, self.bias = feature_map, 0.0 if is_paper else OPEN
 

@@ -10,7 +10,7 @@ from linearize.errors import LinearizeError
 from linearize.layout import Layout
 from linearize.mixers._arguments import ROPE, check_choice, check_number
 from linearize.mixers._joint import JointMixer
-from linearize.mixers._tokens import FeaturePair, Tokens, rotate_pair
+from linearize.mixers._tokens import FeaturePair, Tokens, in_order, rotate_pair
 from linearize.mixers.base import AttentionShape
 from linearize.ops.depthwise import depthwise_flops, depthwise_images
 from linearize.ops.feature_maps import Features, build_feature_map, swap_signs
@@ -92,6 +92,15 @@ class LinearMixer(JointMixer):
         if mlp:
             self.query_mlp, self.key_mlp = _ResidualMlp(width, mlp), _ResidualMlp(width, mlp)
 
+    def mix(self, tokens: Tokens) -> Tensor:
+        """See `JointMixer.mix`; with text="state" all tokens have one state, which is summed and read once."""
+        if self.text == "exact":
+            return super().mix(tokens)
+        pair, context = self.features(tokens).for_products(tokens), tokens.context
+        output = self.normalise(None, self.attend(pair, tokens.product_value, context.key_mask))
+        image = self.add_to_images(output[:, :, tokens.image], tokens)
+        return in_order(output[:, :, tokens.text], image, context.layout)
+
     def features(self, tokens: Tokens) -> FeaturePair:
         """See `JointMixer.features`."""
         if self.mlp:
@@ -143,7 +152,7 @@ class LinearMixer(JointMixer):
         return output + self._part(depthwise_images(value, weight, bias, tokens.context.layout))
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
-        """States and their readings, exact text, the convolution and the MLPs."""
+        """States and their readings, maps, exact text, the convolution and the MLPs."""
         shape, features = self.shape, self.query_map.num_features
         heads, width = shape.num_heads // self.merged, self.merged * shape.head_dim
         if self.text == "exact":
@@ -151,6 +160,7 @@ class LinearMixer(JointMixer):
             total += shape.num_heads * exact_text_flops(layout, shape.head_dim)
         else:
             total = heads * linear_attention_flops(layout.num_tokens, layout.num_tokens, features, width)
+        total += heads * (self.query_map.flops(layout.num_tokens) + self.key_map.flops(layout.num_tokens))
         if self.convolution:
             total += depthwise_flops(layout, heads * width, self.convolution)
         return batch * (total + 2 * layout.num_tokens * 4 * heads * width * self.mlp)

@@ -35,7 +35,7 @@ class LizardMixer(ConvexMixer):
     branches, without meta memory; with text="state" they are a state in the linear branch. Of t [heads, num_meta] only
     the sum of e^t matters.
 
-    `variant=paper` is the published sum n / z + alpha a, with one alpha and one gate for all heads and a window without
+    `variant=paper` is the published sum n / z + alpha a, with one alpha and one gate for all heads, and without
     rotation. Its rows sum to more than 1. The paper does not say how alpha, t and the gate start: here at 1, near
     nothing, and open. Its forms as a recurrence and as a matrix lack the denominator z, which its definition has.
 
@@ -45,7 +45,7 @@ class LizardMixer(ConvexMixer):
         branches: "both"; or "linear", without the window; or "window", without linear attention.
         num_meta: Logits of the meta memory; 0 means none.
         width: Width of W; 0 means head_dim.
-        rope: In the linear branch: before_map, after_map, or none, as published.
+        rope: In the linear branch: before_map, after_map, or none; with variant=paper it is none.
         directions: "rows" or "rows_and_columns".
         text: "exact" or "state", in the linear branch; the window always sees text.
         variant: "dit" or "paper".
@@ -76,6 +76,7 @@ class LizardMixer(ConvexMixer):
         check_choice("lizard", "rope", rope, ROPE)
         check_choice("lizard", "directions", directions, tuple(DIRECTIONS))
         check_choice("lizard", "variant", variant, VARIANTS)
+        rope = "none" if variant == "paper" else rope
         check_rotation("lizard", rope, width or shape.head_dim)
         maps = [ExponentialMap(shape.num_heads, shape.head_dim, width=width or shape.head_dim) for _ in range(2)]
         is_joined = text == "exact" and branches != "window"
@@ -146,7 +147,8 @@ class LizardMixer(ConvexMixer):
         if self.branches == "window":
             return batch * self.shape.num_heads * self.branch_flops(layout, 0)
         features = self.query_map.num_features
-        each = self.branch_flops(layout, features) + 2 * layout.num_tokens * self.shape.head_dim * features
+        each = self.branch_flops(layout, features)
+        each += self.query_map.flops(layout.num_tokens) + self.key_map.flops(layout.num_tokens)
         return batch * (self.shape.num_heads * each + self.gates.flops(layout.num_image_tokens))
 
     def _window_pair(self, tokens: Tokens) -> tuple[Tensor, Tensor]:

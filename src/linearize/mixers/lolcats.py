@@ -157,8 +157,7 @@ class LolcatsMixer(JointMixer):
         else:
             each = linear_attention_flops(images, images, features, head_dim)
         each += self.text_flops(layout, features)
-        # W of query and key.
-        each += 2 * layout.num_tokens * head_dim * features
+        each += self.query_map.flops(layout.num_tokens) + self.key_map.flops(layout.num_tokens)
         return batch * self.shape.num_heads * each
 
     def _window_part(self, tokens: Tokens) -> SoftmaxPart:

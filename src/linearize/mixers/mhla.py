@@ -103,11 +103,12 @@ class MhlaMixer(KernelMixer):
         return self.block_weights().to(like.dtype)[:, index][:, :, index]
 
     def flops(self, layout: Layout, batch: int = 1) -> int:
-        """Linear attention, the mixing of states, and text; without a map's own products."""
+        """Linear attention, the mixing of states, the map, and text."""
         num_features, head_dim = self.map.num_features, self.shape.head_dim
         tokens, states = layout.num_image_tokens, self.blocks_per_side**4
         each = linear_attention_flops(tokens, tokens, num_features, head_dim)
         each += 2 * states * num_features * (head_dim + 1) + self.text_flops(layout, num_features)
+        each += 2 * self.map.flops(layout.num_tokens)
         return batch * self.shape.num_heads * each
 
 

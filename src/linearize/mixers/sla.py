@@ -179,6 +179,7 @@ class SlaMixer(JointMixer):
             each += 2 * num_blocks**2 * num_features * (head_dim + 1)
         if self.branches != "window":
             each += linear_attention_flops(tokens, tokens, num_features, head_dim)
+            each += 2 * self.map.flops(layout.num_tokens)
         each += self.text_flops(layout, num_features)
         if self.variant == "paper":
             each += 2 * tokens * head_dim**2

@@ -33,8 +33,9 @@ class SoftMixer(JointMixer):
 
     is a matrix of rank M that is never built: the cost is linear in tokens. Landmarks are the mean directions and
     lengths of the queries and of the keys in landmarks_per_side^2 cells of each grid, taken after rotation, so that
-    everything depends on relative positions. Rows of W sum to about 1 and not exactly, and weights may be negative;
-    image tokens weigh this part against the text by the mass sum_j K(q_i, landmark of key j), which is positive.
+    everything depends on relative positions. Rows of W sum to 1 where landmarks are near all tokens, else to less or
+    more, and weights may be negative; image tokens weigh this part against the text by the mass sum_j K(q_i, landmark
+    of key j), which is positive.
     `normalization="none"` is SOFT without the two D^(-1/2), its rows divided by that mass.
 
     Query and key are [batch, heads, tokens, head_dim], landmarks [batch, heads, M, head_dim]. The kernel's exponent is
@@ -162,7 +163,7 @@ class SoftMixer(JointMixer):
 
     @property
     def _has_unit_rows(self) -> bool:
-        """Whether rows of W sum to about 1, so that the mass has to be put on them where text is joined."""
+        """Whether rows of W sum to 1 but for errors, so that the mass has to be put on them where text is joined."""
         return self.normalization == "symmetric" and not self.is_paper
 
     def _served(self, tokens: Tokens) -> slice:

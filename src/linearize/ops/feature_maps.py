@@ -136,6 +136,10 @@ class FeatureMap(nn.Module):
         """The features, for maps without a common factor."""
         raise NotImplementedError
 
+    def flops(self, num_tokens: int) -> int:
+        """Operations of the map's own products in one head, of which most maps have none."""
+        return 0
+
 
 class EluMap(FeatureMap):
     """elu(x) + 1."""
@@ -209,6 +213,10 @@ class HedgehogMap(FeatureMap):
         """See `FeatureMap.map`."""
         return hedgehog(states, self.weight.to(states.dtype))
 
+    def flops(self, num_tokens: int) -> int:
+        """See `FeatureMap.flops`."""
+        return 2 * num_tokens * self.weight[0].numel()
+
 
 class PolarMap(FeatureMap):
     """PolaFormer's [relu(x)^p, relu(-x)^p] with a width and a power 1 < p < 5 of each channel; p starts at 3."""
@@ -242,6 +250,10 @@ class ExponentialMap(FeatureMap):
         """See `FeatureMap.forward`."""
         projected = states @ self.weight.to(states.dtype)
         return safe_exponential(torch.cat([projected, -projected], dim=-1), is_key, key_mask)
+
+    def flops(self, num_tokens: int) -> int:
+        """See `FeatureMap.flops`."""
+        return 2 * num_tokens * self.weight[0].numel()
 
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {

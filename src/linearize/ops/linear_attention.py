@@ -182,7 +182,8 @@ def join(exact: SoftmaxPart | None, linear: LinearPart) -> Tensor:
     """
     tiny = torch.finfo(linear.mass.dtype).tiny
     if exact is None:
-        return linear.numerator / linear.mass.clamp(min=tiny)
+        # What sees nothing is divided by infinity: by the least number, its gradient would overflow.
+        return linear.numerator / linear.mass.masked_fill(linear.mass < tiny, torch.inf)
     log_mass = linear.mass.detach().clamp(min=tiny).log() + linear.log_scale.detach()
     largest = torch.maximum(exact.log_mass.detach(), log_mass)
     largest = largest.masked_fill(largest.isinf(), 0.0)

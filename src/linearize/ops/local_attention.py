@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 from linearize.layout import Grid, Layout
 from linearize.ops.backends import BACKENDS, BackendReport, choose_backend, join_reports, warn_if_slow
 from linearize.ops.dense_attention import match_heads
@@ -73,6 +73,8 @@ def local_attention(
     windows = _radii(window, query)
     _check(query, layout, windows, region)
     num_pooled = 0
+    if (pooled_key is None) != (pooled_value is None):
+        raise LinearizeError("pooled_key and pooled_value belong together; give both or neither")
     if pooled_key is not None and pooled_value is not None:
         num_pooled = index(pooled_key.shape[2])
         key, value = torch.cat([key, pooled_key], dim=2), torch.cat([value, pooled_value], dim=2)
@@ -116,7 +118,7 @@ def _by_window(
 
 
 def _radii(window: int | Sequence[int], query: Tensor) -> tuple[int, ...]:
-    return (window,) * query.shape[1] if isinstance(window, int) else tuple(window)
+    return tuple(window) if isinstance(window, Sequence) and not isinstance(window, str) else (window,) * query.shape[1]
 
 
 def _heads_by_window(windows: tuple[int, ...]) -> dict[int, list[int]]:
@@ -176,8 +178,8 @@ def _needs_grad(*states: Tensor) -> bool:
 
 
 def _check(query: Tensor, layout: Layout, windows: tuple[int, ...], region: str) -> None:
-    if min(windows) < 1:
-        raise LinearizeError(f"window={min(windows)} sees nothing; it is a radius in tokens, choose 1 or more")
+    for window in windows:
+        check_count("window", window)
     if region not in REGIONS:
         raise LinearizeError(f"unknown region {region!r}, choose one of {', '.join(REGIONS)}")
     if len(windows) not in (1, query.shape[1]):
