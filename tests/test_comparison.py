@@ -160,6 +160,13 @@ def _write_run(folder: Path, mixer: str, **config: Any) -> None:
     (folder / mixer / "summary.json").write_text("{}")
 
 
+def test_jobs_that_would_share_a_folder_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    done = python("train.py", *arguments, "mixer=linear,soft", "hydra.sweep.subdir=one", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "The jobs mixer=linear and mixer=soft have one folder" in done.stderr
+    assert not (tmp_path / "sweep" / "one").exists()
+
+
 def test_runs_with_other_budgets_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(LinearizeError, match=r"holds no <run>/summary\.json"):
         compare_runs(tmp_path)

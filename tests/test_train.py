@@ -99,6 +99,27 @@ def test_more_steps_may_be_given_and_another_student_may_not(
     assert last(other)["global_step"] == 3
 
 
+def test_a_finished_run_that_is_resumed_is_measured_with_the_features_it_ended_with(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    overrides = [one for one in tiny if not one.startswith("window")] + ["mixer=performer", "num_features=16"]
+    overrides += [*BARE, "callbacks.redrawing.every_n_steps=2", "trainer.max_steps=3"]
+    errors = [
+        train(compose_train(*overrides, *resume, run_dir=tmp_path))["val/velocity_error"]
+        for resume in ((), ("resume=last",))
+    ]
+    assert errors[0] == errors[1]
+
+
+def test_a_resumed_run_takes_the_rates_of_its_own_config(tiny: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny, *BARE, "schedule=constant", "stages.transfer=2", "transfer_lr=1e-2"]
+    train(compose_train(*overrides, "trainer.max_steps=2", run_dir=tmp_path))
+    changed = ("optimizer.lr=1e-5", "optimizer.weight_decay=0.1", "resume=last", "trainer.max_steps=3")
+    metrics = train(compose_train(*overrides, *changed, run_dir=tmp_path))
+    assert metrics["train/learning_rate"] == pytest.approx(1e-5)
+    assert last(tmp_path)["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.1
+
+
 def test_a_damaged_checkpoint_is_told(tiny: list[str], tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "last.safetensors"
     SafetensorsCheckpointIO().save_checkpoint({"state_dict": {"student.a": torch.zeros(3)}, "loops": {}}, path)
@@ -217,3 +238,13 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tiny: list[str], tmp_path: Path)
         wandb.finish()
     kept = json.loads((tmp_path / "checkpoints" / "wandb.json").read_text())["id"]
     assert [file.name for file in tmp_path.glob("wandb/offline-run-*/*.wandb")] == [f"run-{kept}.wandb"] * 2
+
+
+def test_a_run_that_its_time_limit_ends_can_be_taken_up_again(tiny: list[str], tmp_path: Path) -> None:
+    limited = [*tiny, *BARE, "trainer.max_steps=5000", "trainer.val_check_interval=5000"]
+    train(compose_train(*limited, "+trainer.max_time=00:00:00:01", run_dir=tmp_path))
+    step = last(tmp_path)["global_step"]
+    assert 0 < step < 5000
+    halves = [*tiny, *BARE, f"trainer.max_steps={step + 2}", "schedule=constant", "resume=last"]
+    train(compose_train(*halves, run_dir=tmp_path))
+    assert last(tmp_path)["global_step"] == step + 2

@@ -132,7 +132,7 @@ class ProcessesLauncher(Launcher):
         """Runs the jobs of one batch of the sweep.
 
         Raises:
-            LinearizeError: `jobs_per_device` is no number of jobs.
+            LinearizeError: `jobs_per_device` is no number of jobs, or two jobs have one folder.
             SystemExit: Some failed; the message names them.
         """
         from linearize.errors import check_count
@@ -143,6 +143,7 @@ class ProcessesLauncher(Launcher):
         shared = [one for one in job_overrides[0] if all(one in overrides for overrides in job_overrides)]
         own = [[one for one in overrides if one not in shared] for overrides in job_overrides]
         jobs = [self._job(initial_job_idx + place, overrides, shared) for place, overrides in enumerate(own)]
+        _check_folders(jobs)
         waiting = [job for job in jobs if not job.is_done()]
         _log.info("%d of %d jobs are done already.", len(jobs) - len(waiting), len(jobs))
         failures = self._run(waiting)
@@ -202,3 +203,16 @@ class ProcessesLauncher(Launcher):
 
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
         return (listed.split(",") if listed else [str(index) for index in range(torch.cuda.device_count())]) or [None]
+
+
+def _check_folders(jobs: Sequence[Job]) -> None:
+    """Checks that no two jobs write into one folder, where one of them would be lost."""
+    from linearize.errors import LinearizeError
+
+    first: dict[Path, str] = {}
+    for job in jobs:
+        if first.setdefault(job.folder, job.label) != job.label:
+            raise LinearizeError(
+                f"The jobs {first[job.folder]} and {job.label} have one folder, {job.folder}: set hydra.sweep.subdir "
+                "to a name with all that is swept, such as '${mixer.name}_${seed}'."
+            )

@@ -7,9 +7,28 @@ import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_count
 
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+# Settings that count something, and the least that each takes; what the config leaves null is left alone.
+_COUNTS = {
+    "trainer.max_steps": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.val_check_interval": 1,
+    "calibration_samples": 1,
+    "schedule.num_warmup_steps": 0,
+    "data.batch_size": 1,
+    "data.val_batch_size": 1,
+    "data.num_samples": 1,
+    "data.seed": 0,
+    "data.shuffle_shards": 1,
+    "data.num_workers": 0,
+    "callbacks.progress.every_n_steps": 1,
+    "callbacks.pictures.num_prompts": 1,
+    "callbacks.pictures.num_inference_steps": 1,
+}
+_SHARES = ("ema_decay", "data.val_share")
+_MAY_BE_NULL = ("trainer.val_check_interval", "data.val_batch_size", "data.num_samples")
 _log = logging.getLogger(__name__)
 
 
@@ -22,6 +41,26 @@ def seed_generators(seed: int) -> None:
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise LinearizeError(f"seed={seed} is no seed: give a whole number from 0 to {2**32 - 1}.")
     lightning.seed_everything(seed, verbose=False)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Checks settings that nobody else would refuse before the work begins, or at all.
+
+    Raises:
+        LinearizeError: one is no number of its kind; negative ones would train away from the teacher.
+    """
+    for name, least in _COUNTS.items():
+        value = OmegaConf.select(cfg, name, default=least)
+        is_time = name == "trainer.val_check_interval" and isinstance(value, str)
+        if not is_time and not (value is None and name in _MAY_BE_NULL):
+            check_count(name, value, least)
+    for name in _SHARES:
+        value = OmegaConf.select(cfg, name)
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise LinearizeError(f"{name}={value} is a share: use a number from 0 up to, not including, 1.")
+    clip = cfg.trainer.gradient_clip_val
+    if clip is not None and (not isinstance(clip, int | float) or clip < 0):
+        raise LinearizeError(f"trainer.gradient_clip_val={clip} is no norm: give a number above 0, or null for none.")
 
 
 def warn_of_samples_that_no_step_sees(cfg: DictConfig) -> None:

@@ -17,7 +17,7 @@ def entry_point(script: str | Path, config_name: str) -> Callable[[Callable[[Any
     """Makes a function of a config the main function of a script: a decorator in the place of `hydra.main`.
 
     Hydra is imported when the function is called, so that its absence can be told. A mistake of the user ends with
-    exit code 2 and one sentence, Ctrl-C and SIGTERM with 130; in a Hydra multirun mistakes stay exceptions.
+    exit code 2 and one sentence, Ctrl-C and SIGTERM with 130. To a launcher the mistakes of its jobs stay exceptions.
 
     Args:
         script: The script's `__file__`; configs/ is beside it or in a folder above.

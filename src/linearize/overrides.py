@@ -39,11 +39,16 @@ def override_errors(config_folder: str | Path, config_name: str) -> Iterator[Non
     """
     # Without it Hydra prints the error itself and exits, and nobody else sees it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = [f"++{argument}" if _OPEN.match(argument) else argument for argument in sys.argv[1:]]
+    arguments = [f"++{argument}" if _OPEN.match(argument) else argument for argument in sys.argv[1:]]
+    # Lightning starts its other processes with more overrides at the end, which argparse refuses after a late -m.
+    sys.argv[1:] = sorted(arguments, key=lambda argument: argument not in _MULTIRUN)
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         sys.stderr.write(f"error: {describe(error, Path(config_folder), config_name, sys.argv[1:])}\n")
+        sys.exit(MISTAKE)
+    except LinearizeError as error:  # of a launcher, or of a job that it ran in this process
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(MISTAKE)
     except RuntimeError as error:
         if "srun" not in str(error):

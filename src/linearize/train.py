@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from linearize.adapters import LoraSettings
-from linearize.checks import resolve_precision, seed_generators, warn_of_samples_that_no_step_sees
+from linearize.checks import check_numbers, resolve_precision, seed_generators, warn_of_samples_that_no_step_sees
 from linearize.compilation import compile_backend
 from linearize.config import build_data, build_teacher, plain
 from linearize.costs import Costs
@@ -27,7 +27,7 @@ from linearize.distillation.module import DistillationModule
 from linearize.distillation.resume import check_checkpoint, find_checkpoint
 from linearize.distillation.stages import Stage, allot_steps
 from linearize.distillation.window_dropout import WindowDropout
-from linearize.errors import LinearizeError, check_count
+from linearize.errors import LinearizeError
 from linearize.evaluation.settings import EvaluationSettings
 from linearize.evaluation.summary import picture_layout
 from linearize.export import FORMS
@@ -58,8 +58,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     _quieten()
     seed_generators(cfg.seed)
     cfg = resolve_precision(cfg)
-    for name in ("trainer.max_steps", "data.batch_size", "calibration_samples"):
-        check_count(name, OmegaConf.select(cfg, name))
+    check_numbers(cfg)
     stages, rules = build_stages(cfg), layer_rules(cfg)
     settings = EvaluationSettings(**plain(cfg.evaluation))
     if cfg.export is not None and cfg.export not in FORMS:
@@ -72,6 +71,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         module = build_module(cfg, teacher, stages, rules)
         if checkpoint is not None:
             check_checkpoint(module, read_checkpoint(checkpoint, shapes_only=True))
+            _log.info("The run goes on from %s.", checkpoint)
     is_first = is_first_process()
     if is_first:
         report = surgery_report(module.student, picture_layout(module.student, teacher, settings))
@@ -124,10 +124,13 @@ def layer_rules(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     if cfg.plan is None:
         mixer = plain(cfg.mixer)
+        if not cfg.layers or not isinstance(cfg.layers, str | ListConfig):
+            raise LinearizeError(f"layers={cfg.layers} names no layer: give globs, as [single_transformer_blocks.*].")
         layers = cfg.layers if isinstance(cfg.layers, str) else list(cfg.layers)
         return [{"layers": layers, "mixer": mixer.pop("name"), **mixer}]
     rules = OmegaConf.to_container(cfg.plan, resolve=True) if isinstance(cfg.plan, ListConfig) else cfg.plan
-    if not isinstance(rules, list) or not all(isinstance(rule, dict) and "mixer" in rule for rule in rules):
+    are_rules = isinstance(rules, list) and all(isinstance(rule, dict) and "mixer" in rule for rule in rules)
+    if not are_rules or not rules:
         raise LinearizeError(
             f"plan={rules} is no list of rules: set plan=[{{layers: transformer_blocks.*, mixer: clear, window: 16}}]."
         )
@@ -140,10 +143,8 @@ def build_module(
     """The LightningModule around a teacher and a student that shares its frozen tensors.
 
     Raises:
-        LinearizeError: the plan, the average or the compiler that the config names does not exist.
+        LinearizeError: the plan or the compiler that the config names does not exist.
     """
-    if not 0 <= cfg.ema_decay < 1:
-        raise LinearizeError(f"ema_decay={cfg.ema_decay} is no decay: give a number from 0 up to, not including, 1.")
     transformer = teacher.pipeline.transformer
     adapter = None if cfg.adapter is None else LoraSettings.from_config(plain(cfg.adapter))
     student = share_student(transformer, rules, adapter)

@@ -37,8 +37,8 @@ class AdamW8bit(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"lr={lr}, eps={eps} or betas={betas} is out of range")
+        if min(lr, eps, weight_decay) < 0 or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay} or betas={betas} is out of range")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -184,6 +184,7 @@ class Transfer(LossTerm):
     outweighs the others: the term is the mean over layers of the mean over elements of e((y - t) / r), where e(x) is
     x^2 ("squared"), |x| ("absolute") or x^2 / 2 up to delta and delta (|x| - delta / 2) beyond ("huber"; with delta 1
     the smooth L1). Without, r = 1: the raw errors of the papers, which differ between layers by orders of magnitude.
+    r is that of a micro batch in one process, so several of either differ a little from one large batch.
 
     Args:
         weight: Factor of the term in the loss.

@@ -18,9 +18,17 @@ from linearize.distillation.ema import ExponentialMovingAverage
 from linearize.distillation.in_backward import StepInBackward
 from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_noise
 from linearize.distillation.observing import Observer, conditioning_of
-from linearize.distillation.resume import check_checkpoint, restore_rng, rng_state, student_state, tell_changed_schedule
+from linearize.distillation.resume import (
+    check_checkpoint,
+    restore_rates,
+    restore_rng,
+    rng_state,
+    student_state,
+    tell_changed_schedule,
+)
 from linearize.distillation.schedules import constant
 from linearize.distillation.stages import Stage, stage_at
+from linearize.distillation.unreached import unreached
 from linearize.distillation.window_dropout import WindowDropout, WindowSwitch
 from linearize.errors import LinearizeError
 from linearize.evaluation.metrics import relative_velocity_error
@@ -89,7 +97,7 @@ class DistillationModule(lightning.LightningModule):
         self._windows = WindowSwitch(self.backbone.sites(student), dropout)
         terms = [term for stage in self.stages for term in stage.terms.values()]
         self.observer = Observer(self.teacher, student, terms)
-        self._is_partial = dropout.is_on or self.observer.leaves_parts_out
+        self._left_out: list[nn.Parameter] = []
         blocks = [student.get_submodule(name.rpartition(".")[0]) for name in self.backbone.sites(student)]
         self.activations = ActivationBudget(blocks, activation_memory_gib, self._pending_bytes)
         student.enable_gradient_checkpointing(self.activations)
@@ -119,11 +127,6 @@ class DistillationModule(lightning.LightningModule):
         super().train(mode)
         self.teacher.eval()
         return self
-
-    @property
-    def _waits_for_all(self) -> bool:
-        """Whether several processes train, in which some steps leave parameters out."""
-        return self._is_partial and self.trainer.world_size > 1
 
     @property
     def stage(self) -> Stage:
@@ -202,9 +205,11 @@ class DistillationModule(lightning.LightningModule):
             self.log(f"train/{name}", value.detach(), batch_size=len(sigma))
             loss = loss + terms[name].weight * value
         self.log("train/loss", loss.detach(), batch_size=len(sigma))
-        if self._waits_for_all:
-            # Processes wait for the gradient of every parameter, of those that this step leaves out, too.
-            loss = loss + 0.0 * torch.stack([parameter.flatten()[0] for parameter in self.trained.values()]).sum()
+        if self.trainer.world_size > 1:
+            # Processes wait for the gradient of every parameter, of those that this step leaves out, too. All processes
+            # and micro steps of a step leave out the same.
+            self._left_out = unreached(loss, self.trained.values())
+            loss = loss + sum(0.0 * parameter.flatten()[0] for parameter in self._left_out)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(sigma))
         return loss
 
@@ -217,12 +222,8 @@ class DistillationModule(lightning.LightningModule):
             for name, parameter in self.trained.items():
                 if not is_mixer_parameter(name):
                     parameter.grad = None
-        if self._waits_for_all:
-            reached = [parameter for parameter in self.trained.values() if parameter.grad is not None]
-            counts = torch.stack([cast(Tensor, parameter.grad).count_nonzero() for parameter in reached]).tolist()
-            for parameter, count in zip(reached, counts, strict=True):
-                if count == 0:
-                    parameter.grad = None
+        for parameter in self._left_out:
+            parameter.grad = None
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
@@ -282,10 +283,12 @@ class DistillationModule(lightning.LightningModule):
         self._rng = checkpoint["linearize"]["rng"]
 
     def on_train_start(self) -> None:
-        """Restores the state of the random number generators, after all else is built."""
+        """Restores the state of the random number generators, after all else is built, and this run's own settings."""
         if self._rng is not None:
             restore_rng(self._rng)
             self._rng = None
+            scheduler = cast(LambdaLR, self.trainer.lr_scheduler_configs[0].scheduler)
+            restore_rates(self.trainer.optimizers[0], scheduler)
 
 
 def _indices(batch: Mapping[str, Any]) -> list[int]:

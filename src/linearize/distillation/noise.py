@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from linearize.errors import LinearizeError
+
 
 def seeded_generator(*key: int | str) -> torch.Generator:
     """Returns a CPU generator whose stream is a function of `key` alone: equal keys, equal numbers, on any machine."""
@@ -49,6 +51,10 @@ class Shifted:
     """Uniform sigma moved to shift sigma / (1 + (shift - 1) sigma) (SD3, arXiv 2403.03206, section 5.3.2)."""
 
     shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shift, int | float) or not self.shift > 0:
+            raise LinearizeError(f"sigma.shift={self.shift} moves no noise level: give a number above 0.")
 
     def __call__(self, generator: torch.Generator) -> float:
         """Returns sigma in [0, 1)."""

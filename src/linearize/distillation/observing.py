@@ -30,8 +30,6 @@ class Observer:
 
     Attributes:
         backbone: Of both.
-        leaves_parts_out: Whether some term regresses a part of the layers, or their heads: all other parameters may
-            have no gradient.
     """
 
     def __init__(self, teacher: ModelMixin, student: ModelMixin, terms: Sequence[LossTerm]) -> None:
@@ -45,9 +43,6 @@ class Observer:
         transfer = {name for names in self._transfer_sites.values() for name in names}
         self._teacher_capture = SiteCapture(teacher, teacher_sites, attention, transfer)
         self._student_capture = SiteCapture(student, self._sites, attention, set())
-        self.leaves_parts_out = any(
-            term.before_projection or 0 < len(self._transfer_sites[id(term)]) < len(planned) for term in terms
-        )
         # Tokens travel through both in one order, so that what is captured is compared as it is, without a copy.
         order = preferred_order([cast(Mixer, site.mixer) for site in self._sites.values()])
         for site in teacher_sites.values():

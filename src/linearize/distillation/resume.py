@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from linearize.distillation.checkpoint import SUFFIX
 from linearize.errors import LinearizeError
@@ -120,6 +122,14 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def restore_rates(optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    """Gives a restored optimizer the settings of this run's config, its `defaults`, in place of the checkpoint's."""
+    scheduler.base_lrs = [optimizer.defaults["lr"]] * len(optimizer.param_groups)
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group.update((name, value) for name, value in optimizer.defaults.items() if name in group)
+        group.update(initial_lr=base, lr=base * factor(scheduler.last_epoch))
+
+
 def find_checkpoint(resume: str | None, run_dir: Path, root: Path) -> Path | None:
     """Finds the checkpoint to go on from.
 
@@ -134,7 +144,7 @@ def find_checkpoint(resume: str | None, run_dir: Path, root: Path) -> Path | Non
     if resume is None:
         return None
     if resume != "last":
-        path = Path(resume).expanduser()
+        path = Path(str(resume)).expanduser()
         path = path / "checkpoints" / f"last{SUFFIX}" if path.is_dir() else path
         if not path.is_file():
             raise LinearizeError(

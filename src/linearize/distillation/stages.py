@@ -30,7 +30,7 @@ class Stage:
     def __post_init__(self) -> None:
         if self.trains not in TRAINS:
             raise LinearizeError(f"{self.name}_trains={self.trains} is unknown: use {' or '.join(TRAINS)}.")
-        if self.lr is not None and self.lr <= 0:
+        if self.lr is not None and (not isinstance(self.lr, int | float) or self.lr <= 0):
             raise LinearizeError(f"{self.name}_lr={self.lr} trains nothing: give a number above 0, or null.")
         if not any(term.weight > 0 for term in self.terms.values()):
             raise LinearizeError(
@@ -69,7 +69,7 @@ def allot_steps(stages: Mapping[str, int | float | None], max_steps: int) -> dic
 
 def _whole_steps(name: str, steps: int | float, max_steps: int) -> int:
     is_share = isinstance(steps, float) and 0 < steps < 1
-    if not is_share and (steps < 0 or steps != int(steps)):
+    if not is_share and (not isinstance(steps, int | float) or steps < 0 or steps != int(steps)):
         raise LinearizeError(
             f"stages.{name}={steps} is no number of steps: give steps, a share between 0 and 1, 0 to skip it, or null "
             "for the rest."

@@ -70,3 +70,8 @@ class Checkpointing(Callback):
         if stop and step < trainer.max_steps:
             self.interrupted = True
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes `last` where something else ended the training early, such as trainer.max_time."""
+        if trainer.global_step < trainer.max_steps and not self.interrupted:
+            trainer.save_checkpoint(self.last)

@@ -25,9 +25,18 @@ class Redrawing(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Draws where the step asks for other features than those that are there."""
+        self._draw(pl_module, trainer.global_step)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Draws what the checkpoint's last step had: a run that was finished has no further step to draw in."""
+        self._draw(pl_module, max(checkpoint["global_step"] - 1, 0))
+
+    def _draw(self, pl_module: lightning.LightningModule, step: int) -> None:
         if not self.every_n_steps or not isinstance(pl_module, DistillationModule):
             return
-        step = trainer.global_step // self.every_n_steps * self.every_n_steps
+        step = step // self.every_n_steps * self.every_n_steps
         if step == self._drawn_at:
             return
         layers = [module for module in pl_module.student.modules() if isinstance(module, RandomFeatureMixer)]
