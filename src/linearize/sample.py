@@ -34,8 +34,10 @@ def sample(cfg: DictConfig) -> list[Path]:
     if out.suffix.lower() != ".png":
         raise LinearizeError(f"out={cfg.out} is no name of a PNG file: give one, for example out=sample.png.")
     pipeline = _load(cfg)
+    backbone = find_backbone(pipeline.transformer)
     for name in ("height", "width"):
-        find_backbone(pipeline.transformer).check_sizes(pipeline, name, [cfg[name]])
+        backbone.check_sizes(pipeline, name, [cfg[name]])
+    backbone.check_sequence_length("max_sequence_length", cfg.max_sequence_length)
     files = [out] if len(prompts) == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(len(prompts))]
     for index, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
         picture = pipeline(

@@ -59,6 +59,7 @@ def test_a_prompt_may_be_a_number(configured, tiny_flux_folder, tmp_path):
         ([], "No prompt is given"),
         (["prompts.path=missing.txt"], r"missing\.txt cannot be read"),
         (["prompt=a", "num_inference_steps=0"], "num_inference_steps=0; choose a whole number, 1 or more"),
+        (["prompt=a", "max_sequence_length=513"], "max_sequence_length=513 is more text than a FluxPipeline takes"),
         (["prompt=a", "num_prompts=-1"], "num_prompts=-1; choose a whole number, 1 or more"),
         (["prompt=a", "height=0"], "height=0; choose a whole number, 1 or more"),
         (["prompt=a", "width=9"], "width=9 is no whole number of this teacher's tokens: choose 8 or 16 pixels"),

@@ -22,12 +22,14 @@ class Backbone:
         student_class: Our subclass of it, whose attention layers are sites; `convert(transformer, plan)` makes a
             transformer one in place.
         pipeline_class: The diffusers text-to-image pipeline.
+        max_sequence_length: Text tokens that this pipeline takes at most.
     """
 
     name: ClassVar[str]
     transformer_class: ClassVar[type[nn.Module]]
     student_class: ClassVar[Any]
     pipeline_class: ClassVar[type]
+    max_sequence_length: ClassVar[int]
 
     def sites(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """The attention layers that a mixer can take, by name, in the order of the forward pass."""
@@ -131,3 +133,15 @@ class Backbone:
                 raise LinearizeError(
                     f"{setting}={size} is no whole number of this teacher's tokens: choose {near} pixels."
                 )
+
+    def check_sequence_length(self, setting: str, length: int) -> None:
+        """Checks that the pipeline takes as many text tokens.
+
+        Raises:
+            LinearizeError: It does not.
+        """
+        if length > self.max_sequence_length:
+            raise LinearizeError(
+                f"{setting}={length} is more text than a {self.pipeline_class.__name__} takes: choose "
+                f"{self.max_sequence_length} tokens or fewer."
+            )

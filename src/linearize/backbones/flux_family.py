@@ -23,6 +23,7 @@ class FluxBackbone(Backbone):
     transformer_class = FluxTransformer2DModel
     student_class = LinearFluxTransformer2DModel
     pipeline_class = FluxPipeline
+    max_sequence_length = 512
 
     def sites(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """See `Backbone.sites`: the double blocks' attention, then the single blocks'."""

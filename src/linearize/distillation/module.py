@@ -160,7 +160,7 @@ class DistillationModule(lightning.LightningModule):
         """
         try:
             self._optimizer = self.make_optimizer(list(self.trained.values()))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, IndexError) as error:
             raise LinearizeError(f"The optimizer refuses its settings ({error}): correct optimizer.*") from error
         if self.optimizer_in_backward:
             StepInBackward(self._optimizer, self.trained.values(), self._is_trained_in_stage)

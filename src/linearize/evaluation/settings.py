@@ -38,7 +38,8 @@ class EvaluationSettings:
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
+        sigmas = (self.sigmas,) if isinstance(self.sigmas, str | float) else tuple(self.sigmas)
+        object.__setattr__(self, "sigmas", sigmas)
         positive = (
             "num_prompts",
             "num_rows",
@@ -52,16 +53,17 @@ class EvaluationSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise LinearizeError(f"{name}={value} is no positive integer: give {name}=1 or more.")
-        if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
+        if not sigmas or not all(isinstance(sigma, float) and 0 < sigma < 1 for sigma in sigmas):
             raise LinearizeError(
-                f"sigmas={list(self.sigmas)} must be noise levels between 0 and 1, for example [0.1, 0.5, 0.9]."
+                f"sigmas={list(sigmas)} must be noise levels between 0 and 1, for example [0.1, 0.5, 0.9]."
             )
 
     def check_sizes(self, teacher: "Teacher") -> None:
-        """Checks that the pictures are whole tokens of a teacher.
+        """Checks that the pictures are whole tokens of a teacher, whose pipeline takes as much text.
 
         Raises:
             LinearizeError: they are not.
         """
         for name in ("height", "width"):
             teacher.backbone.check_sizes(teacher.pipeline, f"evaluation.{name}", [getattr(self, name)])
+        teacher.backbone.check_sequence_length("evaluation.max_sequence_length", self.max_sequence_length)
