@@ -94,7 +94,7 @@ def mount_mixer(pipeline: DiffusionPipeline, folder: str | Path, *, same_base: b
     if same_base and _frozen_hash(transformer, tensors) != spec["base"]["frozen_hash"]:
         raise LinearizeError(
             f"The pipeline's weights are not those of {spec['base']['model']}, for which {folder} was trained: load "
-            "that model, or pass same_base=False for a fine-tuned one."
+            "that model, in bfloat16 or float32, or pass same_base=False for a fine-tuned one."
         )
     report = linearize(pipeline, plan=spec["plan"])
     for name, tensor in _own_tensors(pipeline.transformer).items():
@@ -136,7 +136,8 @@ def _own_tensors(student: nn.Module) -> dict[str, Tensor]:
 def _frozen_hash(transformer: nn.Module, own: Iterable[str]) -> str:
     """Hash of all tensors that are the base model's own.
 
-    They are rounded to bfloat16, so that the dtype they were loaded in does not matter.
+    They are rounded to bfloat16, so that loaded in bfloat16 and in float32 they are the same; float16 has no numbers as
+    small.
     """
     state, skipped = transformer.state_dict(), set(own)
     digest = hashlib.sha256()
