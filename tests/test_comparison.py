@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from hydra_plugins.linearize_processes import Job
 from linearize.benchmark.runner import benchmark
 from linearize.config import register_resolvers
 from linearize.errors import LinearizeError
@@ -177,3 +178,11 @@ def test_runs_with_other_budgets_are_not_compared(tmp_path: Path) -> None:
     (tmp_path / "clear" / ".hydra" / "config.yaml").unlink()
     with pytest.raises(LinearizeError, match=r"clear has no \.hydra/config\.yaml"):
         compare_runs(tmp_path)
+
+
+def test_a_job_is_out_of_reach_of_ctrl_c_in_the_launchers_terminal(tmp_path: Path) -> None:
+    """Two signals, the terminal's and the launcher's, would end a training without a checkpoint."""
+    job = Job("job", [], tmp_path / "job", OmegaConf.create())
+    job.begin([sys.executable, "-c", "import os; print(os.getpgid(0) == os.getpid())"], None, 1)
+    assert job.process is not None and job.process.wait(timeout=60) == 0
+    assert (tmp_path / "job" / "log.txt").read_text().strip() == "True"

@@ -180,6 +180,7 @@ def test_a_mistake_in_a_sweep_is_told_in_one_sentence(tmp_path: Path) -> None:
         (["plan=[{layers: '*', mixer: cleer}]"], "cleer"),
         (["loss.attention_output.layers=[nothing.*]"], "nothing"),
         (["evaluation.num_prompts=0"], "num_prompts=0"),
+        (["evaluation.sigmas=1"], r"sigmas=\[1\] must be noise levels"),
         (["evaluation.sigmas=abc"], r"sigmas=\['abc'\] must be noise levels"),
         (["evaluation.max_sequence_length=600"], "max_sequence_length=600 is more text than a FluxPipeline takes"),
         (["evaluation.width=250"], r"evaluation\.width=250 is no whole number .* choose 248 or 256 pixels"),

@@ -241,10 +241,14 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tiny: list[str], tmp_path: Path)
 
 
 def test_a_run_that_its_time_limit_ends_can_be_taken_up_again(tiny: list[str], tmp_path: Path) -> None:
-    limited = [*tiny, *BARE, "trainer.max_steps=5000", "trainer.val_check_interval=5000"]
+    tiny = [*tiny, *BARE, "data.batch_size=1", "trainer.accumulate_grad_batches=4"]
+    limited = [*tiny, "trainer.max_steps=5000", "trainer.val_check_interval=50000"]
     train(compose_train(*limited, "+trainer.max_time=00:00:00:01", run_dir=tmp_path))
-    step = last(tmp_path)["global_step"]
+    checkpoint = last(tmp_path)
+    step, batches = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert 0 < step < 5000
-    halves = [*tiny, *BARE, f"trainer.max_steps={step + 2}", "schedule=constant", "resume=last"]
+    # A step is whole after four micro steps, or at the end of an epoch.
+    assert batches["current"]["completed"] % 4 == 0 or batches["is_last_batch"]
+    halves = [*tiny, f"trainer.max_steps={step + 2}", "schedule=constant", "resume=last"]
     train(compose_train(*halves, run_dir=tmp_path))
     assert last(tmp_path)["global_step"] == step + 2

@@ -91,6 +91,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                process_group=0,  # Ctrl-C reaches the launcher alone, whose SIGTERM lets a job end its step
             )
 
     def end(self, neighbours: int) -> str | None:
@@ -211,8 +212,9 @@ def _check_folders(jobs: Sequence[Job]) -> None:
 
     first: dict[Path, str] = {}
     for job in jobs:
-        if first.setdefault(job.folder, job.label) != job.label:
+        if job.folder in first:
             raise LinearizeError(
                 f"The jobs {first[job.folder]} and {job.label} have one folder, {job.folder}: set hydra.sweep.subdir "
                 "to a name with all that is swept, such as '${mixer.name}_${seed}'."
             )
+        first[job.folder] = job.label

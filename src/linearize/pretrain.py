@@ -160,21 +160,9 @@ def _pipeline(cfg: DictConfig, dtype: str = "float32", *, new: bool = False) -> 
     return pipeline
 
 
-class _StageCheckpointing(Checkpointing):
-    """Also writes `last` after the step that spends the budget of a stage."""
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, Stage)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if pl_module.progress >= 1.0 and not self.interrupted:
-            trainer.save_checkpoint(self.last)
-
-
 def _fit(stage: Stage, cfg: DictConfig, name: str) -> lightning.Trainer:
     """Trains a stage, from its checkpoint if ``cfg.resume`` and there is one."""
-    checkpointing = _StageCheckpointing(Path(cfg.output_folder) / name, cfg.checkpoint_every)
+    checkpointing = Checkpointing(Path(cfg.output_folder) / name, cfg.checkpoint_every)
     resumed = cfg.resume and checkpointing.last.exists()
     trainer = instantiate(
         cfg.trainer,

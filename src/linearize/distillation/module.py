@@ -16,7 +16,7 @@ from linearize.distillation.activations import ActivationBudget
 from linearize.distillation.adamw8bit import AdamW8bit
 from linearize.distillation.ema import ExponentialMovingAverage
 from linearize.distillation.in_backward import StepInBackward
-from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_noise
+from linearize.distillation.noise import SigmaSampler, Uniform, add_noise, draw_noise, even_sigma
 from linearize.distillation.observing import Observer, conditioning_of
 from linearize.distillation.resume import (
     check_checkpoint,
@@ -225,6 +225,11 @@ class DistillationModule(lightning.LightningModule):
         for parameter in self._left_out:
             parameter.grad = None
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Lets trainer.max_time end no step between its micro steps: the gradients summed so far would be lost."""
+        if self._micro_step:
+            self.trainer.should_stop = False
+
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
@@ -260,7 +265,7 @@ class DistillationModule(lightning.LightningModule):
         """
         indices = _indices(batch)
         noise, _ = draw_noise(batch["latents"], [("validation", index) for index in indices], self.sigma)
-        sigma = torch.tensor([_spread(index) for index in indices], device=noise.device)
+        sigma = torch.tensor([even_sigma(index) for index in indices], device=noise.device)
         inputs = (add_noise(batch["latents"].float(), noise, sigma), sigma, conditioning_of(batch))
         teacher = self.backbone.predict(self.teacher, *inputs)
         error = relative_velocity_error(self.backbone.predict(self.student, *inputs), teacher).mean()
@@ -293,8 +298,3 @@ class DistillationModule(lightning.LightningModule):
 
 def _indices(batch: Mapping[str, Any]) -> list[int]:
     return [int(index) for index in batch["index"]]
-
-
-def _spread(index: int) -> float:
-    """A noise level of a sample: multiples of the golden ratio fill (0, 1) evenly for any run of indices."""
-    return 0.02 + 0.96 * ((index + 0.5) * 0.6180339887498949 % 1.0)

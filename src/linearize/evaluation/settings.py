@@ -38,7 +38,7 @@ class EvaluationSettings:
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
 
     def __post_init__(self) -> None:
-        sigmas = (self.sigmas,) if isinstance(self.sigmas, str | float) else tuple(self.sigmas)
+        sigmas = tuple(self.sigmas) if isinstance(self.sigmas, list | tuple) else (self.sigmas,)
         object.__setattr__(self, "sigmas", sigmas)
         positive = (
             "num_prompts",
