@@ -7,7 +7,7 @@ import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from linearize.errors import LinearizeError, check_count
+from linearize.errors import LinearizeError, check_count, check_share
 
 _PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16"}
 # Settings that count something, and the least that each takes; what the config leaves null is left alone.
@@ -55,9 +55,7 @@ def check_numbers(cfg: DictConfig) -> None:
         if not is_time and not (value is None and name in _MAY_BE_NULL):
             check_count(name, value, least)
     for name in _SHARES:
-        value = OmegaConf.select(cfg, name)
-        if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise LinearizeError(f"{name}={value} is a share: use a number from 0 up to, not including, 1.")
+        check_share(name, OmegaConf.select(cfg, name))
     clip = cfg.trainer.gradient_clip_val
     if clip is not None and (not isinstance(clip, int | float) or clip < 0):
         raise LinearizeError(f"trainer.gradient_clip_val={clip} is no norm: give a number above 0, or null for none.")

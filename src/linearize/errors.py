@@ -47,3 +47,13 @@ def check_count(setting: str, value: object, least: int = 1) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise LinearizeError(f"{setting}={value!r}; choose a whole number, {least} or more")
+
+
+def check_share(setting: str, value: object) -> None:
+    """Checks a setting that is a part of a whole, and not all of it.
+
+    Raises:
+        LinearizeError: It is no number from 0 up to, not including, 1.
+    """
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise LinearizeError(f"{setting}={value} is a share: use a number from 0 up to, not including, 1.")

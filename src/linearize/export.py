@@ -16,7 +16,6 @@ from linearize.errors import LinearizeError
 from linearize.files import (
     atomic_folder,
     first_sentence,
-    read_header,
     read_json_object,
     require_disk_space,
     require_replaceable,
@@ -27,7 +26,7 @@ from linearize.model_card import model_card
 from linearize.pipeline_folder import absent_components, check_pipeline_files
 
 # Names of dtypes in safetensors files.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FORMS = ("local", "standalone")
 LIBRARIES = ("diffusers", "transformers", "linearize")
 # What a damaged folder makes diffusers, transformers and safetensors raise.
@@ -133,8 +132,8 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     counts: Counter[str] = Counter()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            counts.update(tensors.get_slice(name).get_dtype() for name in read_header(file))
-    return DTYPES.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
+            counts.update(tensors.get_slice(name).get_dtype() for name in list(tensors.keys()))
+    return _STORED_DTYPES.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
 
 
 def _load_student(folder: Path, backbone: Backbone, *, dtype: torch.dtype, variant: str | None = None) -> nn.Module:

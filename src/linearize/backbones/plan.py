@@ -19,8 +19,8 @@ def check_plan(plan: object, source: str) -> None:
     Raises:
         LinearizeError: It is not.
     """
+    kinds = {"layers": list, "mixer": str, "arguments": dict}
     for rule in plan if isinstance(plan, list) else [plan]:
-        kinds = {"layers": list, "mixer": str, "arguments": dict}
         if not isinstance(rule, dict) or not all(isinstance(rule.get(key), kind) for key, kind in kinds.items()):
             raise LinearizeError(f"{source} has no plan of mixers: export the student again.")
         mixer_class(rule["mixer"])

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from linearize.data.order import Rows, epoch_batches, held_out_mask, ordered_batches
 from linearize.data.store import SampleStore
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, check_share
 
 
 class _Batches(Dataset):
@@ -163,8 +163,7 @@ class SampleDataModule(lightning.LightningDataModule):
             LinearizeError: the store is missing, damaged, of another teacher, or too small for the split.
         """
         super().__init__()
-        if not 0 <= val_share < 1:
-            raise LinearizeError(f"data.val_share={val_share} is a share: use a number from 0 up to, not including, 1.")
+        check_share("data.val_share", val_share)
         # Two more than a window: what the window before left over still has its shards in memory.
         self.store = SampleStore(*folders, num_samples=num_samples, cached_shards=shuffle_shards + 2)
         if teacher is not None:
